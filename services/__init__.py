@@ -1,0 +1,1 @@
+"""The services of Reprise: wire (shared), worker, router, cache_store, fleet."""

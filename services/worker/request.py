@@ -1,0 +1,56 @@
+"""What goes into the engine and what comes out: requests, and one report a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from services.wire.messages import Finish, Logprob, Retention, SamplingParams, Start, Stats, Tier
+
+
+class RequestError(ValueError):
+    """The request cannot be served as it stands; the message names the field, the value and the limit."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue. `key` is the caller's name for it, unique among live requests.
+
+    `hashes` names the prompt's full blocks in order; `root` is the parent of block 0. Retention ranges are
+    in prompt tokens, sorted and disjoint.
+    """
+
+    key: Hashable
+    tokens: Sequence[int]
+    root: bytes
+    hashes: Sequence[bytes]
+    sampling: SamplingParams
+    retention: tuple[Retention, ...] = ()
+    priority: int = 0
+    tenant: str = ""
+    arrival_s: float = 0.0  # on the engine's clock
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step did for one request; the fields are those of `messages.StepItem`."""
+
+    key: Hashable
+    tokens: tuple[int, ...] = ()
+    start: Start | None = None
+    logprobs: tuple[Logprob, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Everything one engine step did: tokens for streams, blocks in and out of tiers, the load after it."""
+
+    outputs: list[Output]
+    stored: dict[Tier, list[bytes]] = field(default_factory=dict)
+    removed: dict[Tier, list[bytes]] = field(default_factory=dict)  # apply before `stored`
+    stats: Stats | None = None
+
+
+#: Called on the engine's thread, once a step; must not block.
+StepListener = Callable[[StepReport], None]
