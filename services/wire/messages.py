@@ -25,6 +25,11 @@ TIERS: tuple[Tier, ...] = ("gpu", "host", "store")
 #: `cancelled`: the router asked; `error`: the worker could not serve it, `Finish.message` says why.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+#: Whose fault an `error` is. `invalid_request`: the client's, another worker would answer the same;
+#: `draining`: the worker takes no new requests; `internal`: the worker failed; `worker_lost`: never sent,
+#: the router's end of the channel reports so that the connection broke.
+ErrorKind = Literal["invalid_request", "draining", "internal", "worker_lost"]
+
 DEFAULT_PRIORITY = 35
 MAX_PRIORITY = 100
 
@@ -171,6 +176,7 @@ class Finish(msgspec.Struct, array_like=True, frozen=True):
     stop_token: int | None = None  # the token id that ended it, when it is one; not among the tokens
     message: str = ""  # for `error`
     preemptions: int = 0
+    error_kind: ErrorKind = "internal"  # for `error`; means nothing for the other reasons
 
 
 class StepItem(msgspec.Struct, array_like=True, frozen=True):
