@@ -55,27 +55,36 @@ def reference(
     max_query: int,
     window: int = 0,
 ) -> torch.Tensor:
-    out = torch.zeros_like(q)
+    # Row by row: a gather of the row's pages, then one fused SDPA. Padded to one batch, 16 decodes over 100 to
+    # 2,000 tokens (9 heads, 3 KV heads of 64) take 28 ms on 2 cores against 3.2 ms so, and a row's result would
+    # depend on the lengths of the others.
+    n_kv, block_size, dim = k_pages.shape[1:]
+    k_boxes, v_boxes = (pages.view(-1, block_size * dim) for pages in (k_pages, v_pages))
+    heads = torch.arange(n_kv, device=q.device).unsqueeze(-1)
+    boxes = block_tables.long().unsqueeze(1) * n_kv + heads  # [R, n_kv, max_blocks]: one (page, head) each
     starts, contexts = query_start.tolist(), context_len.tolist()
-    block_size = k_pages.shape[2]
+
+    out = torch.zeros_like(q)
     for row, context in enumerate(contexts):
         first, last = starts[row], starts[row + 1]
-        if first == last or context == 0:
+        if context == 0 or first == last:
             continue
-        pages = block_tables[row, : -(-context // block_size)].long()
-        k = k_pages[pages].transpose(0, 1).flatten(1, 2)[:, :context]  # [n_kv, context, D]
-        v = v_pages[pages].transpose(0, 1).flatten(1, 2)[:, :context]
-        key = torch.arange(context, device=q.device)
-        query = torch.arange(context - (last - first), context, device=q.device).unsqueeze(1)
-        seen = key <= query
-        if window:
-            seen &= key > query - window
+        position = context - (last - first)  # of the first query
+        oldest = max(0, position - window + 1) // block_size if window else 0  # block
+        index = boxes[row, :, oldest : -(-context // block_size)].flatten()
+        tokens = context - oldest * block_size
+        k, v = (
+            pages.index_select(0, index).view(1, n_kv, -1, dim)[:, :, :tokens].to(q.dtype)
+            for pages in (k_boxes, v_boxes)
+        )
+        seen = None  # a single query sees everything
+        if last - first > 1 or window:
+            key = torch.arange(oldest * block_size, context, device=q.device)
+            query = torch.arange(position, context, device=q.device).unsqueeze(-1)
+            seen = key <= query
+            if window:
+                seen &= key > query - window
         out[first:last] = F.scaled_dot_product_attention(
-            q[first:last].transpose(0, 1)[None],
-            k[None],
-            v[None],
-            attn_mask=seen,
-            scale=scale,
-            enable_gqa=True,
+            q[first:last].transpose(0, 1)[None], k, v, attn_mask=seen, scale=scale, enable_gqa=True
         )[0].transpose(0, 1)
     return out

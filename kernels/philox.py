@@ -24,33 +24,37 @@ def philox_uniform(seed: torch.Tensor, position: torch.Tensor, token: torch.Tens
     The number is lane `token % 4` of philox(seed, token // 4, position, 0, 0), its upper 23 bits x taken as
     (x + 1/2) / 2^23: exact in fp32, never 0 or 1.
     """
-    lanes = philox(seed, token >> 2, position, 0, 0)
-    return _to_uniform(
-        torch.stack(lanes, dim=-1).gather(-1, (token & 3).expand_as(lanes[0]).unsqueeze(-1)).squeeze(-1)
-    )
+    seed, position, token = torch.broadcast_tensors(seed, position, token)
+    lanes = _uniform_quads(seed, position, token >> 2)
+    return lanes.gather(-1, (token & 3).unsqueeze(-1)).squeeze(-1)
 
 
 def philox_uniform_vocab(seed: torch.Tensor, position: torch.Tensor, vocab: int) -> torch.Tensor:
     """philox_uniform of the token ids 0 to vocab - 1: seed [R], position [R] -> [R, vocab]."""
     quads = torch.arange(-(-vocab // 4), device=seed.device)
-    lanes = philox(seed.unsqueeze(-1), quads, position.unsqueeze(-1), 0, 0)
-    return _to_uniform(torch.stack(lanes, dim=-1).flatten(-2)[..., :vocab])
+    return _uniform_quads(seed.unsqueeze(-1), position.unsqueeze(-1), quads).flatten(-2)[..., :vocab]
 
 
 def philox(
     seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: int, c3: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Four random uint32, held in int64, from a 64-bit seed and a 4 x 32-bit counter; tensors broadcast."""
-    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
-    x0, x1 = c0 & _MASK, c1 & _MASK
+    """Four random uint32, held in int64, from a 64-bit seed and a counter of four uint32.
+
+    Tensors are int64 and broadcast; the counters must lie in [0, 2^32).
+    """
+    key0, key1 = seed, seed >> 32
+    x0, x1 = torch.broadcast_tensors(c0, c1)
     x2, x3 = torch.full_like(x0, c2), torch.full_like(x0, c3)
     for _ in range(_ROUNDS):
-        even, odd = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]  # 64-bit products, kept modulo 2^64
-        x0, x1 = ((odd >> 32) & _MASK) ^ x1 ^ key0, odd & _MASK
-        x2, x3 = ((even >> 32) & _MASK) ^ x3 ^ key1, even & _MASK
-        key0, key1 = (key0 + _KEY_STEPS[0]) & _MASK, (key1 + _KEY_STEPS[1]) & _MASK
-    return x0, x1, x2, x3
+        # x0 and x2 hold 32 bits; x1, x3 and the keys carry dirt above them that never reaches the product.
+        even, odd = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]  # modulo 2^64
+        x0 = (odd >> 32).bitwise_xor_(x1).bitwise_xor_(key0).bitwise_and_(_MASK)
+        x2 = (even >> 32).bitwise_xor_(x3).bitwise_xor_(key1).bitwise_and_(_MASK)
+        x1, x3 = odd, even
+        key0, key1 = key0 + _KEY_STEPS[0], key1 + _KEY_STEPS[1]
+    return x0, x1 & _MASK, x2, x3 & _MASK
 
 
-def _to_uniform(bits: torch.Tensor) -> torch.Tensor:
-    return ((bits >> 9).float() + 0.5) * 2.0**-23
+def _uniform_quads(seed: torch.Tensor, position: torch.Tensor, quad: torch.Tensor) -> torch.Tensor:
+    lanes = philox(seed, quad, position, 0, 0)
+    return torch.stack([(bits >> 9).float().add_(0.5).mul_(2.0**-23) for bits in lanes], dim=-1)

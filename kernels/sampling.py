@@ -130,17 +130,18 @@ def _draw(logits: torch.Tensor, params: SamplingBatch, rows: torch.Tensor) -> to
     floor = _floor(scaled, params.top_k[rows], params.top_p[rows], params.min_p[rows])
     seed, position = params.seed[rows], params.position[rows]
 
-    scores = scaled.masked_fill(scaled < floor.unsqueeze(-1), -torch.inf)
+    # Rows that nothing restricts need noise for the whole vocabulary, which is cheaper by the row; the others
+    # need it for the few tokens that are left.
     whole = floor.isneginf()
-    if bool(whole.any()):
-        scores[whole] += _gumbel(philox_uniform_vocab(seed[whole], position[whole], scaled.shape[-1]))
-    row, token = ((scaled >= floor.unsqueeze(-1)) & ~whole.unsqueeze(-1)).nonzero(as_tuple=True)
+    scores = scaled.masked_fill_(scaled < floor.unsqueeze(-1), -torch.inf)
+    scores[whole] += _gumbel(philox_uniform_vocab(seed[whole], position[whole], scores.shape[-1]))
+    row, token = (~whole.unsqueeze(-1) & scores.isfinite()).nonzero(as_tuple=True)
     scores[row, token] += _gumbel(philox_uniform(seed[row], position[row], token))
     return scores.argmax(-1)
 
 
 def _gumbel(uniform: torch.Tensor) -> torch.Tensor:
-    return -(-uniform.log()).log()
+    return uniform.log_().neg_().log_().neg_()
 
 
 def _floor(
