@@ -1,0 +1,24 @@
+"""Totals since the engine started, for metrics: only ever rise, written by the engine's thread alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.wire.messages import TIERS, FinishReason, Tier
+
+
+@dataclass(slots=True)
+class Counters:
+    steps: int = 0
+    step_s: float = 0.0  # device time of steps, as seen from the host
+    prefill_tokens: int = 0  # computed, recomputing after preemption included
+    generated_tokens: int = 0
+    prompt_tokens: int = 0  # of the requests that got their first token
+    hit_tokens: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(TIERS, 0))  # of these prompts
+    finished: dict[FinishReason, int] = field(
+        default_factory=lambda: {"stop": 0, "length": 0, "cancelled": 0, "error": 0}
+    )
+    failed_steps: int = 0
+    preemptions: int = 0
+    offered_blocks: int = 0  # copied and handed to the store
+    unoffered_blocks: int = 0  # lost their page, or the store had no room, before the copy's turn came

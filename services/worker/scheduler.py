@@ -1,0 +1,306 @@
+"""Continuous batching: which tokens of which sequences the next step computes.
+
+Decodes come first, one token each; what is left of the token budget goes to prefill chunks of the sequences
+already admitted, then to new ones, by priority class and arrival. Pure: no clock, no tensor, no token value
+is needed to plan, so a step can be planned while the one before it still runs.
+
+Sharing. A block gets its name when its tokens are *planned*: launches run in order and a layer writes KV
+before it attends, so other rows of the same step may read that page at once. Every chunk looks for named
+blocks first, so that parallel samples of one prompt and stampedes compute each block once.
+
+Memory. Admission takes all pages of the known tokens; decoding takes one page a block. When none is left the
+last sequence in order gives its pages back and waits: its full blocks stay cached until they are needed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.worker.pages import PagePool
+from services.worker.plan import Chunk, FilledBlock, StepPlan
+from services.worker.sequence import Phase, Sequence
+
+#: Share of the pages kept free at admission, so that running sequences can grow before one is preempted.
+_WATERMARK = 0.01
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step and one engine can hold."""
+
+    block_size: int
+    max_running: int  # sequences that hold pages
+    max_step_tokens: int  # decodes and prefill chunks together
+
+
+class BlockLoader(Protocol):
+    """The store, as the scheduler sees it."""
+
+    def start(self, sequence: Sequence, first_block: int) -> bool:
+        """Begin to load blocks from `first_block` on; False when they are better computed."""
+
+    def cancel(self, sequence: Sequence) -> None:
+        """The sequence gave up its pages: what arrives for it has no place to go."""
+
+
+class Scheduler:
+    """Owns all sequences and the page pool. Called from one thread."""
+
+    def __init__(self, limits: Limits, pool: PagePool, loader: BlockLoader | None = None) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.preemptions = 0
+        self._block_size = limits.block_size
+        self._loader = loader
+        self._watermark = int(pool.pages * _WATERMARK)
+        self._waiting: list[Sequence] = []  # by order
+        self._loading: dict[bytes, Sequence] = {}  # by the first block it loads
+        self._prefill: list[Sequence] = []  # by order
+        self._decode: dict[Sequence, None] = {}
+        self._free_slots = list(range(limits.max_running - 1, -1, -1))
+        # What the next step's tables must learn first; kept while there is no step.
+        self._placed: dict[int, Sequence] = {}
+        self._changed_pages: dict[tuple[int, int], int] = {}
+
+    # ---- sequences in and out
+
+    def add(self, sequence: Sequence) -> None:
+        held = len(self.pool.match(sequence.hashes)) * self._block_size
+        sequence.uncached = sequence.length - held
+        insort(self._waiting, sequence, key=_order)
+
+    def release(self, sequence: Sequence, now: float) -> None:
+        """The sequence ends here, in whatever phase: everything it holds is free at once.
+
+        Steps under way may still read and write its pages. That is harmless: whoever gets them next is
+        launched after those steps.
+        """
+        self._leave(sequence, now)
+        sequence.phase = Phase.FINISHED
+
+    def invalidate(self, filled: list[FilledBlock], now: float) -> None:
+        """A step that was to fill these blocks failed: nobody may read them. Sequences that share them and
+        are still here start over."""
+        wrong = set()
+        for block in filled:
+            if self.pool.lookup(block.hash) == block.page:
+                self.pool.unregister(block.page, now)
+                wrong.add(block.page)
+        for sequence in self._holders():
+            if not wrong.isdisjoint(sequence.pages):
+                self._preempt(sequence, now)
+
+    # ---- one step
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute."""
+        plan = StepPlan()
+        self._make_room_for_decodes(now)
+        for sequence in self._decode:
+            if sequence.length < sequence.max_length:
+                plan.decodes.append(sequence)
+                plan.decode_starts.append(sequence.computed)
+                sequence.computed += 1
+                sequence.length += 1
+        budget = self.limits.max_step_tokens - len(plan.decodes)
+        for sequence in self._prefill.copy():
+            if budget:
+                budget -= self._plan_chunk(sequence, budget, plan, now)
+        while budget and (admitted := self._admit_next(now)) is not None:
+            if admitted.phase is Phase.PREFILL:
+                budget -= self._plan_chunk(admitted, budget, plan, now)
+        if not plan.decodes and not plan.chunks:
+            return None
+        plan.placed, self._placed = self._placed, {}
+        plan.pages, self._changed_pages = self._changed_pages, {}
+        return plan
+
+    def fill_generated(self, sequence: Sequence, index: int, now: float) -> FilledBlock | None:
+        """A decode completed block `index` and its token values are known: name it.
+
+        None if another sequence holds the same block; this one then shares that page and drops its own.
+        """
+        sequence.name_full_blocks()
+        held = self.pool.lookup(sequence.hashes[index])
+        if held is None:
+            return self._register(sequence, index)
+        self._share(sequence, index, held, now)
+        return None
+
+    def loaded(self, sequence: Sequence, blocks: int, now: float) -> None:
+        """The first `blocks` blocks of a load are in the sequence's pages; it computes the rest."""
+        first = sequence.computed // self._block_size
+        del self._loading[sequence.hashes[first]]
+        for index in range(first, first + blocks):
+            held = self.pool.lookup(sequence.hashes[index])
+            if held is None:
+                self._register(sequence, index)
+            else:
+                self._share(sequence, index, held, now)
+        sequence.store_tokens += self._advance(sequence, (first + blocks) * self._block_size)
+        sequence.phase = Phase.PREFILL
+        insort(self._prefill, sequence, key=_order)
+
+    # ---- load
+
+    @property
+    def running(self) -> int:
+        return self.limits.max_running - len(self._free_slots)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        """Prompt tokens still to compute, as far as known: a waiting prompt's hits are those on arrival."""
+        admitted = sum(s.length - s.computed for s in (*self._prefill, *self._loading.values()))
+        return admitted + sum(s.uncached for s in self._waiting)
+
+    # ---- planning
+
+    def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, now: float) -> int:
+        """Plan up to `budget` tokens of a prefill; returns how many."""
+        self._take_held_blocks(sequence, now)
+        # A prompt that is held to its last token still computes that one: its logits are needed.
+        start = min(sequence.computed, sequence.length - 1)
+        count = min(budget, sequence.length - start)
+        end = start + count
+        samples = end == sequence.length
+        plan.chunks.append(Chunk(sequence, start, count, sequence.computed, samples))
+        for index in range(sequence.computed // self._block_size, end // self._block_size):
+            plan.filled.append(self._register(sequence, index))
+        self._advance(sequence, end)
+        if samples:
+            sequence.length += 1
+            sequence.phase = Phase.DECODE
+            self._prefill.remove(sequence)
+            self._decode[sequence] = None
+        return count
+
+    def _take_held_blocks(self, sequence: Sequence, now: float) -> None:
+        """Share the pages of blocks that others computed meanwhile, or plan to."""
+        index = sequence.computed // self._block_size
+        for page in self.pool.match(sequence.hashes, index):
+            self._share(sequence, index, page, now)
+            index += 1
+        sequence.gpu_tokens += self._advance(sequence, index * self._block_size)
+
+    def _admit_next(self, now: float) -> Sequence | None:
+        """Give the first waiting sequence its slot and pages, if both suffice."""
+        if not self._free_slots:
+            return None
+        for place, sequence in enumerate(self._waiting):
+            if sequence.awaits in self._loading or sequence.in_flight:
+                continue  # the store is filling its next block; or a step still computes its last token
+            sequence.name_full_blocks()
+            held = self.pool.match(sequence.hashes)
+            missing = sequence.hashes[len(held)] if len(held) < len(sequence.hashes) else None
+            if missing in self._loading:
+                sequence.awaits = missing
+                continue
+            total = sequence.length // self._block_size + 1  # room for the next token too
+            needed = total - len(held) + sum(map(self.pool.is_cached, held))
+            if needed > self.pool.available - (self._watermark if self.running else 0):
+                return None
+            del self._waiting[place]
+            self._place(sequence, held, total, now)
+            return sequence
+        return None
+
+    def _place(self, sequence: Sequence, held: list[int], total: int, now: float) -> None:
+        if sequence.first_planned_s is None:
+            sequence.first_planned_s = now
+        for page in held:
+            self.pool.share(page, now)
+        sequence.slot = self._free_slots.pop()
+        self._placed[sequence.slot] = sequence
+        sequence.pages = held + self.pool.allocate(total - len(held), now)
+        sequence.capacity = total * self._block_size
+        for index, page in enumerate(sequence.pages):
+            self._changed_pages[sequence.slot, index] = page
+        sequence.gpu_tokens += self._advance(sequence, len(held) * self._block_size)
+        first = len(held)
+        if first < len(sequence.hashes) and self._loader is not None and self._loader.start(sequence, first):
+            sequence.phase = Phase.LOADING
+            self._loading[sequence.hashes[first]] = sequence
+        else:
+            sequence.phase = Phase.PREFILL
+            insort(self._prefill, sequence, key=_order)
+
+    def _make_room_for_decodes(self, now: float) -> None:
+        """One page more for every decode that starts a block, taken from the last in order if need be."""
+        while True:
+            full = [s for s in self._decode if s.computed == s.capacity and s.length < s.max_length]
+            if len(full) <= self.pool.available:
+                break
+            self._preempt(max(self._holders(), key=_order), now)
+        for sequence, page in zip(full, self.pool.allocate(len(full), now), strict=True):
+            self._changed_pages[sequence.slot, len(sequence.pages)] = page
+            sequence.pages.append(page)
+            sequence.capacity += self._block_size
+
+    def _preempt(self, sequence: Sequence, now: float) -> None:
+        self._leave(sequence, now)
+        sequence.phase = Phase.WAITING
+        sequence.computed = 0
+        sequence.uncached = 0  # its full blocks are cached, as a rule
+        sequence.preemptions += 1
+        self.preemptions += 1
+        insort(self._waiting, sequence, key=_order)
+
+    # ---- pages of a sequence
+
+    def _holders(self) -> list[Sequence]:
+        return [*self._loading.values(), *self._prefill, *self._decode]
+
+    def _leave(self, sequence: Sequence, now: float) -> None:
+        """Take the sequence out of its phase's list and give back its pages and slot."""
+        match sequence.phase:
+            case Phase.WAITING:
+                del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
+            case Phase.LOADING:
+                del self._loading[sequence.hashes[sequence.computed // self._block_size]]
+                assert self._loader is not None
+                self._loader.cancel(sequence)
+            case Phase.PREFILL:
+                self._prefill.remove(sequence)
+            case Phase.DECODE:
+                del self._decode[sequence]
+        for index in range(len(sequence.pages) - 1, -1, -1):
+            self.pool.grant(sequence.pages[index], *sequence.retention(index))
+            self.pool.release(sequence.pages[index], now)
+        sequence.pages = []
+        sequence.capacity = 0
+        if sequence.slot >= 0:
+            self._free_slots.append(sequence.slot)
+            sequence.slot = -1
+
+    def _register(self, sequence: Sequence, index: int) -> FilledBlock:
+        """Name the sequence's own page of block `index`."""
+        hash, parent, page = sequence.hashes[index], sequence.parent(index), sequence.pages[index]
+        self.pool.register(page, hash, parent)
+        return FilledBlock(
+            hash, parent, index, page, *sequence.retention(index), tenant=sequence.request.tenant
+        )
+
+    def _share(self, sequence: Sequence, index: int, page: int, now: float) -> None:
+        """Use `page` for block `index` in place of the sequence's own."""
+        own = sequence.pages[index]
+        self.pool.share(page, now)
+        self.pool.release(own, now)
+        sequence.pages[index] = page
+        self._changed_pages[sequence.slot, index] = page
+
+    def _advance(self, sequence: Sequence, computed: int) -> int:
+        """Move `computed` forward; returns the prompt tokens that this accounts for, each once in a life."""
+        sequence.computed = max(sequence.computed, computed)
+        fresh = min(sequence.computed, sequence.prompt_length) - min(sequence.seen, sequence.prompt_length)
+        sequence.seen = max(sequence.seen, sequence.computed)
+        return max(0, fresh)
+
+
+def _order(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.order
