@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ray import serve
 
 from services.fleet.base import Address
 from services.fleet.ray_serve import RayServeFleet
+from tests.fakes.until import until
 from tests.fleet.replicas import AUTOSCALING, light_app
 
 pytestmark = [pytest.mark.slow]
@@ -33,13 +33,6 @@ def app(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     serve.shutdown()
 
 
-async def until(condition: Callable[[], bool], message: str = "") -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, message
-        await asyncio.sleep(0.02)
-
-
 class Watch:
     """Runs a fleet and remembers what it reported."""
 
@@ -51,7 +44,7 @@ class Watch:
         return self.sets[-1] if self.sets else frozenset()
 
     async def until(self, condition: Callable[[frozenset[Address]], bool]) -> frozenset[Address]:
-        await until(lambda: condition(self.now), f"reported so far: {self.sets}")
+        await until(lambda: condition(self.now), DEADLINE_S)
         return self.now
 
 
@@ -82,7 +75,7 @@ async def test_a_fleet_may_be_there_before_its_deployment_and_sees_it_scale_on_r
     caplog.set_level(logging.INFO, "services.fleet.ray_serve")
     watch = Watch()
     task = asyncio.create_task(RayServeFleet("later", "Worker").run(watch.sets.append))
-    await until(lambda: "no Serve deployment later/Worker yet" in caplog.text)
+    await until(lambda: "no Serve deployment later/Worker yet" in caplog.text, DEADLINE_S)
     await asyncio.to_thread(
         serve.run, light_app(tmp_path, autoscaling=AUTOSCALING), name="later", route_prefix=None
     )
