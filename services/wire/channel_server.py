@@ -207,7 +207,8 @@ class RouterConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._loop = asyncio.get_running_loop()
         self.lost = self._loop.create_future()
-        self.peer = "router at {}:{}".format(*transport.get_extra_info("peername")[:2])
+        self._address = "{}:{}".format(*transport.get_extra_info("peername")[:2])
+        self.peer = f"router at {self._address}"
         watch_for_dead_host(transport, self._limits.silence_s)
         self._server.arrived(self)
         self._timer = self._loop.call_later(
@@ -263,9 +264,10 @@ class RouterConnection(asyncio.Protocol):
         if self._authenticated:
             raise FrameError("a second Auth")
         server = self._server
-        self.peer = f"router {auth.router_id[:100]!r} at {self.peer.removeprefix('router at ')}"
-        check_peer(self.peer, auth.protocol, auth.nonce)
-        check_proof(self.peer, auth.proof, router_proof(server.secret, self._nonce, auth.nonce))
+        name = f"router {auth.router_id[:100]!r}"
+        self.peer = f"{name} at {self._address}"
+        check_peer(name, auth.protocol, auth.nonce)
+        check_proof(name, auth.proof, router_proof(server.secret, self._nonce, auth.nonce))
         self._stop_timer()
         self._authenticated = True
         self._reader.max_frame_bytes = TO_WORKER_FRAME_BYTES

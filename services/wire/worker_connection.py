@@ -130,7 +130,7 @@ class WorkerConnection(asyncio.Protocol):
         self.write_frame(encode_frame(message))
 
     def write_frame(self, frame: bytes) -> None:
-        if self._transport:
+        if self._transport and not self.lost.done():
             self._transport.write(frame)
 
     def abort(self, reason: str) -> None:
@@ -239,10 +239,5 @@ class WorkerConnection(asyncio.Protocol):
             self._listener.lost(reason)
         if self._text:
             self._text.set_result(None)
-        sinks, self.sinks = self.sinks, {}
         finish = Finish("error", message=f"worker lost: {reason}", error_kind="worker_lost")
-        for request, sink in sinks.items():
-            try:
-                sink(StepItem(request, finish=finish))
-            except Exception:
-                log.exception("the sink of request %d failed", request)
+        self._step(Step([StepItem(request, finish=finish) for request in self.sinks]))
