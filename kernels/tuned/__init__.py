@@ -1,0 +1,1 @@
+"""Chosen tile sizes, one module a GPU architecture, with the reason or the measured number beside each."""
