@@ -100,7 +100,7 @@ class PagePool:
             self._policy.release(hash, now)
 
     def grant(self, page: int, priority: int, ttl_s: float | None) -> None:
-        """A user of this page states how long to keep its block (see policy); nameless pages have no later."""
+        """A user of this page states how long to keep its block (see policy); without a name it has none."""
         hash = self._hash_of[page]
         if hash is not None:
             self._policy.grant(hash, priority, ttl_s)
@@ -147,7 +147,7 @@ class PagePool:
         for page in range(self.pages):
             hash, references = self._hash_of[page], self._references[page]
             assert references >= 0, f"page {page} has {references} references"
-            assert (page in free) == (not references and hash is None), f"page {page} is free and something else"
+            assert (page in free) == (not references and hash is None), f"page {page} is free and more"
             assert hash is None or self._page_of[hash] == page, f"two pages hold the block of page {page}"
         cached = sum(1 for p in range(self.pages) if not self._references[p] and self._hash_of[p] is not None)
         assert cached == self._cached, f"{cached} pages are cached, the count says {self._cached}"

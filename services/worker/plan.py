@@ -9,11 +9,11 @@ from services.worker.sequence import Sequence
 
 
 class Chunk(NamedTuple):
-    """Known tokens `start` to `start + count` of a sequence, computed in one step."""
+    """Known tokens `start` to `start + length` of a sequence, computed in one step."""
 
     sequence: Sequence
     start: int
-    count: int
+    length: int
     write_from: int  # tokens before this one only attend: their KV is in shared pages already
     samples: bool  # the chunk ends at the sequence's end and yields its next token
 
@@ -52,4 +52,4 @@ class StepPlan:
 
     @property
     def prefill_tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
+        return sum(chunk.length for chunk in self.chunks)

@@ -22,7 +22,9 @@ class Rates:
             self.decode_step_s = _mean(self.decode_step_s, seconds)
         elif prefill_tokens >= _MIN_PREFILL_TOKENS and seconds > 0:
             decode_s = min(self.decode_step_s, seconds / 2) if decodes else 0.0
-            self.prefill_tokens_per_s = _mean(self.prefill_tokens_per_s, prefill_tokens / (seconds - decode_s))
+            self.prefill_tokens_per_s = _mean(
+                self.prefill_tokens_per_s, prefill_tokens / (seconds - decode_s)
+            )
 
     def prefill_s(self, tokens: int) -> float:
         """Predicted seconds to compute `tokens` prompt tokens; infinite while nothing is known."""

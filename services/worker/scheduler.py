@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 from services.worker.pages import PagePool
@@ -55,6 +56,7 @@ class Scheduler:
         self._block_size = limits.block_size
         self._loader = loader
         self._watermark = int(pool.pages * _WATERMARK)
+        self._serials = count()
         self._waiting: list[Sequence] = []  # by order
         self._loading: dict[bytes, Sequence] = {}  # by the first block it loads
         self._prefill: list[Sequence] = []  # by order
@@ -67,6 +69,7 @@ class Scheduler:
     # ---- sequences in and out
 
     def add(self, sequence: Sequence) -> None:
+        sequence.order = (-sequence.request.priority, sequence.request.arrival_s, next(self._serials))
         held = len(self.pool.match(sequence.hashes)) * self._block_size
         sequence.uncached = sequence.length - held
         insort(self._waiting, sequence, key=_order)
@@ -80,17 +83,20 @@ class Scheduler:
         self._leave(sequence, now)
         sequence.phase = Phase.FINISHED
 
-    def invalidate(self, filled: list[FilledBlock], now: float) -> None:
-        """A step that was to fill these blocks failed: nobody may read them. Sequences that share them and
-        are still here start over."""
+    def undo(self, plan: StepPlan, now: float) -> None:
+        """The step failed and its own sequences are released: no block that it was to fill may be read, and
+        what it was to tell the tables is told by the next step. Other sequences that share such a block
+        start over."""
         wrong = set()
-        for block in filled:
+        for block in plan.filled:
             if self.pool.lookup(block.hash) == block.page:
                 self.pool.unregister(block.page, now)
                 wrong.add(block.page)
         for sequence in self._holders():
             if not wrong.isdisjoint(sequence.pages):
                 self._preempt(sequence, now)
+        self._placed = plan.placed | self._placed
+        self._changed_pages = plan.pages | self._changed_pages
 
     # ---- one step
 
@@ -166,10 +172,10 @@ class Scheduler:
         self._take_held_blocks(sequence, now)
         # A prompt that is held to its last token still computes that one: its logits are needed.
         start = min(sequence.computed, sequence.length - 1)
-        count = min(budget, sequence.length - start)
-        end = start + count
+        length = min(budget, sequence.length - start)
+        end = start + length
         samples = end == sequence.length
-        plan.chunks.append(Chunk(sequence, start, count, sequence.computed, samples))
+        plan.chunks.append(Chunk(sequence, start, length, sequence.computed, samples))
         for index in range(sequence.computed // self._block_size, end // self._block_size):
             plan.filled.append(self._register(sequence, index))
         self._advance(sequence, end)
@@ -178,7 +184,7 @@ class Scheduler:
             sequence.phase = Phase.DECODE
             self._prefill.remove(sequence)
             self._decode[sequence] = None
-        return count
+        return length
 
     def _take_held_blocks(self, sequence: Sequence, now: float) -> None:
         """Share the pages of blocks that others computed meanwhile, or plan to."""

@@ -29,6 +29,8 @@ class Sequence:
     """
 
     __slots__ = (
+        "_block_size",
+        "_retention",
         "awaits",
         "capacity",
         "computed",
@@ -49,15 +51,13 @@ class Sequence:
         "store_tokens",
         "tokens",
         "uncached",
-        "_block_size",
-        "_retention",
     )
 
     def __init__(
-        self, request: Request, serial: int, *, block_size: int, max_length: int, stop_ids: frozenset[int]
+        self, request: Request, *, block_size: int, max_length: int, stop_ids: frozenset[int]
     ) -> None:
         self.request = request
-        self.order = (-request.priority, request.arrival_s, serial)  # lower is served first
+        self.order: tuple[int, float, int]  # lower is served first; set when it joins the queue
         self.tokens = array("I", request.tokens)
         self.prompt_length = len(self.tokens)
         self.max_length = max_length  # prompt and generated tokens at most

@@ -1,0 +1,136 @@
+"""Blocks to and from the store, beside the steps: loads on admission, copies behind the writes.
+
+Neither ever makes a step wait. Both run on the engine's thread; the tier's own threads do the slow part.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from services.worker.counters import Counters
+from services.worker.kv import KVCache
+from services.worker.pages import PagePool
+from services.worker.plan import FilledBlock
+from services.worker.rates import Rates
+from services.worker.sequence import Sequence
+from services.worker.tiers import Load, LoadResult, OfferedBlock, StoreTier
+
+#: Share of a step's time that copying pages out may take after it.
+_COPY_SHARE = 0.1
+
+#: Pages copied in a row while no step waits: short enough for a new request not to notice.
+_IDLE_PAGES = 8
+
+_COPY_WEIGHT = 0.2  # of the newest copy in the mean copy time
+
+
+class StoreLoads:
+    """The loads under way, by sequence: the scheduler's `BlockLoader`."""
+
+    def __init__(self, store: StoreTier, rates: Rates, block_size: int) -> None:
+        self._store = store
+        self._rates = rates
+        self._block_size = block_size
+        self._active: dict[Sequence, Load] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._active)
+
+    def start(self, sequence: Sequence, first_block: int) -> bool:
+        hashes = sequence.hashes[first_block:]
+        recompute_s = [self._rates.prefill_s((i + 1) * self._block_size) for i in range(len(hashes))]
+        load = self._store.start_load(hashes, recompute_s, sequence.request.tenant)
+        if load is None:
+            return False
+        self._active[sequence] = load
+        return True
+
+    def cancel(self, sequence: Sequence) -> None:
+        self._active.pop(sequence).cancel()
+
+    def cancel_all(self) -> None:
+        for load in self._active.values():
+            load.cancel()
+        self._active.clear()
+
+    def take_finished(self) -> list[tuple[Sequence, LoadResult]]:
+        results = [(sequence, load.poll()) for sequence, load in self._active.items()]
+        finished = [(sequence, result) for sequence, result in results if result is not None]
+        for sequence, _ in finished:
+            del self._active[sequence]
+        return finished
+
+
+class WriteBehind:
+    """Full blocks on their way to the store, oldest first.
+
+    A queued block keeps no page: if its page goes to another block before the copy's turn, the store does
+    not get it. So offering never holds memory back, and never copies what is not the block.
+    """
+
+    def __init__(
+        self,
+        store: StoreTier,
+        kv: KVCache,
+        pool: PagePool,
+        counters: Counters,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._kv = kv
+        self._pool = pool
+        self._counters = counters
+        self._clock = clock
+        self._queue: deque[FilledBlock] = deque()
+        self._copy_s = 0.0  # mean seconds a page
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    def add(self, filled: Iterable[FilledBlock]) -> None:
+        self._queue.extend(filled)
+        while len(self._queue) > self._pool.pages:  # more than there are pages cannot all be there still
+            self._queue.popleft()
+            self._counters.unoffered_blocks += 1
+
+    def copy(self, step_s: float) -> None:
+        """Copy for a share of the `step_s` seconds that the step just done took; a little more freely when
+        there was none (0)."""
+        if not step_s:
+            most = _IDLE_PAGES
+        elif self._copy_s:
+            most = max(1, int(_COPY_SHARE * step_s / self._copy_s))
+        else:
+            most = 1
+        present: list[FilledBlock] = []
+        while self._queue and len(present) < most:
+            block = self._queue.popleft()
+            if self._pool.lookup(block.hash) == block.page:
+                present.append(block)
+            else:
+                self._counters.unoffered_blocks += 1
+        if not present:
+            return
+        wanted = self._store.wants([block.hash for block in present])
+        started_s = self._clock()
+        offers = [
+            OfferedBlock(
+                hash=block.hash,
+                parent=block.parent,
+                depth=block.depth,
+                kv=self._kv.read_page(block.page),
+                priority=block.priority,
+                ttl_s=block.ttl_s,
+                tenant=block.tenant,
+            )
+            for block, want in zip(present, wanted, strict=True)
+            if want
+        ]
+        if not offers:
+            return
+        copy_s = (self._clock() - started_s) / len(offers)
+        self._copy_s = copy_s if not self._copy_s else self._copy_s + _COPY_WEIGHT * (copy_s - self._copy_s)
+        taken = self._store.offer(offers)
+        self._counters.offered_blocks += taken
+        self._counters.unoffered_blocks += len(offers) - taken
