@@ -59,7 +59,7 @@ def reference(
 ) -> torch.Tensor:
     """`rope_kv_write` in PyTorch."""
     _, n_kv, block_size, dim = k_pages.shape
-    heads = qkv.view(qkv.shape[0], -1, dim)
+    heads = qkv.view(len(qkv), qkv.shape[1] // dim, dim)
     q, k, v = heads.split([heads.shape[1] - 2 * n_kv, n_kv, n_kv], dim=1)
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2]
     q = _rotate(q.float(), q_norm, eps, cos, sin).to(qkv.dtype)
