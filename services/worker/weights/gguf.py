@@ -96,9 +96,10 @@ class GGUFCheckpoint:
         if metadata.get(f"{architecture}.expert_count"):
             raise ModelError(f"{architecture}.expert_count: mixture of experts is not supported")
         config = {field: metadata.get(f"{architecture}.{key}") for field, key in FIELDS.items()}
-        heads = Config(config, architecture).integer("num_attention_heads")
-        defaults = {"num_key_value_heads": heads, "head_dim": (config["hidden_size"] or 0) // heads}
-        config |= {field: value for field, value in defaults.items() if config[field] is None}
+        fields = Config(config, architecture)
+        heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+        config["num_key_value_heads"] = fields.integer("num_key_value_heads", heads)
+        config["head_dim"] = fields.integer("head_dim", hidden_size // heads)
         embedding = self.shapes.get("model.embed_tokens.weight")
         return config | {
             "architectures": [
