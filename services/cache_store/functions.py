@@ -1,0 +1,296 @@
+"""The store's Redis Functions, typed: metadata of blocks, never their payloads.
+
+Keys of shard k, all in one slot by the hash tag (N = layout version, `LAYOUT`):
+
+    repriseN:{sK}:blocks    HASH  block hash -> record, 57 bytes: state, effective priority, held bit,
+                                  retained bit, readers, children, size, last use, lease, fence, owner, parent
+    repriseN:{sK}:leaves    ZSET  evictable leaves, score = effective priority * 2**42 + last use in ms
+    repriseN:{sK}:writing   ZSET  reservations -> deadline in ms
+    repriseN:{sK}:retained  HASH  block hash -> its explicit retentions: owner, priority, ttl, expiry; up to 8
+    repriseN:{sK}:expiring  ZSET  block hash -> earliest expiry among its retentions
+    repriseN:{sK}:bytes     HASH  owner -> bytes; `total`
+    repriseN:{sK}:config    HASH  capacity; the fence counter
+    repriseN:{sK}:dropped   SET   names of payloads that no record needs, until somebody has unlinked them
+    repriseN:{sK}:counts    HASH  counters for the metrics
+    repriseN:{pJ}:<name>    STRING payload (see payloads.py); name = block hash + fence
+
+A fence is 7 bytes, new with every reservation. It is part of a payload's name, so a writer that comes too
+late can neither overwrite nor unlink what another wrote, and a reader that was overtaken finds nothing
+instead of something else. Block ids are chained hashes (services.wire.hashes): a parent never changes.
+
+One policy for now: order by (effective priority, last use), leaves first. A learned policy puts a class into
+the record and keeps one `leaves` key a class, ordered by last use, and `evict_one` compares the classes'
+heads: nothing else changes, but `LAYOUT` does. Stores of different layouts, and libraries of different
+sources, live side by side in one Redis, so releases can be rolled.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.resources import files
+from typing import Any, Literal, TypeVar
+
+from redis import Redis
+from redis.exceptions import ResponseError
+
+from services.wire.hashes import HASH_BYTES
+from services.wire.messages import DEFAULT_PRIORITY, MAX_PRIORITY
+
+#: Of the keys and records. Anything that reads them differently needs another number.
+LAYOUT = 1
+SOURCE = files("services.cache_store").joinpath("functions.lua").read_text(encoding="utf-8")
+
+#: The parent of a prefix's first block.
+ROOT = bytes(HASH_BYTES)
+FENCE_BYTES = 7
+NAME_BYTES = HASH_BYTES + FENCE_BYTES
+OWNER_BYTES = 8
+#: Hashes in one call at most: Lua unpacks them onto its stack, and the server does nothing else meanwhile.
+MAX_BLOCKS = 1024
+MAX_BLOCK_BYTES = 2**32 - 1
+_NEVER_MS = 2**48 - 1
+
+#: WRITE it; another writer is at it: FOLLOW; HAVE it already; its parent is not stored: ORPHAN; every block
+#: that would have to go ranks higher: NO_ROOM.
+Status = Literal["W", "F", "H", "O", "N"]
+WRITE: Status = "W"
+FOLLOW: Status = "F"
+HAVE: Status = "H"
+ORPHAN: Status = "O"
+NO_ROOM: Status = "N"
+
+
+_Item = TypeVar("_Item")
+
+
+class Unconfigured(Exception):
+    """The store has no capacity yet, or lost it in a restart."""
+
+
+@dataclass(frozen=True)
+class NewBlock:
+    """A block to be written. `parent` is the hash of the block before it, ROOT for a prefix's first block;
+    `size` counts against the capacity (see allocation.stored_bytes); `ttl_ms` None = no limit."""
+
+    hash: bytes
+    parent: bytes
+    size: int
+    owner: bytes
+    priority: int = DEFAULT_PRIORITY
+    ttl_ms: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.size <= MAX_BLOCK_BYTES:
+            raise ValueError(f"size must be 0 to {MAX_BLOCK_BYTES} bytes, got {self.size}")
+        _check_priority(self.priority)
+
+
+@dataclass(frozen=True)
+class Reserved:
+    statuses: list[Status]  # one a block
+    fence: bytes  # names this reservation in commit and abort, and the payloads written for it
+    dropped: list[bytes]  # names of payloads to unlink
+    more_room: bool  # victims a call are bounded: calling again can make room for NO_ROOM blocks
+
+
+@dataclass(frozen=True)
+class Usage:
+    capacity: int  # bytes; 0 = not configured
+    total: int
+    blocks: int
+    leaves: int
+    reservations: int
+    dropped: int  # payloads waiting to be unlinked
+    owners: dict[bytes, int]  # bytes by owner digest
+    counts: dict[str, int]
+
+
+def owner_digest(tenant: str) -> bytes:
+    """The 8 bytes under which a tenant's blocks and retentions are kept."""
+    return blake2b(tenant.encode(), digest_size=OWNER_BYTES, person=b"reprise-owner").digest()
+
+
+class StoreFunctions:
+    """Calls of one shard. Raises what redis-py raises; loads the functions into a server that lacks them.
+
+    `loads` counts those times: a rise means that the server is new, or restarted and most likely empty.
+    `source` is replaced only by tests that need to turn the clock.
+    """
+
+    def __init__(self, redis: Redis, *, shard: int = 0, source: str = SOURCE) -> None:
+        self.redis = redis
+        digest = blake2b(source.encode(), digest_size=4).hexdigest()
+        self._version = f"{LAYOUT}_{digest}"
+        self._source = source.replace("VERSION", self._version)
+        names = (
+            "blocks",
+            "leaves",
+            "writing",
+            "retained",
+            "expiring",
+            "bytes",
+            "config",
+            "dropped",
+            "counts",
+        )
+        self.key = {name: b"reprise%d:{s%d}:%s" % (LAYOUT, shard, name.encode()) for name in names}
+        self._head = (len(names), *self.key.values())  # every call declares all keys, in the Lua file's order
+        self.loads = 0
+
+    def lookup(self, hashes: Sequence[bytes], owner: bytes, lease_ms: int) -> list[bytes]:
+        """Fences of the leading run that is READY, which this use by `owner` refreshes.
+
+        `lease_ms` > 0 keeps the whole run from eviction for so long (at most 30 s) or until `release` of its
+        last block, which the caller owes for every such lookup that found something.
+        """
+        if not hashes:
+            return []
+        fences: bytes = self._call("lookup", owner, lease_ms, *_bounded(hashes))
+        return [fences[at : at + FENCE_BYTES] for at in range(0, len(fences), FENCE_BYTES)]
+
+    def peek(self, hashes: Sequence[bytes]) -> int:
+        """Length of the leading run that is READY. Touches nothing; a replica can answer it."""
+        if not hashes:
+            return 0
+        length: int = self._call("peek", *_bounded(hashes))
+        return length
+
+    def release(self, last: bytes, fence: bytes) -> None:
+        """End the lease that a lookup took, named by the last block it found."""
+        self._call("release", last, fence)
+
+    def reserve(self, blocks: Sequence[NewBlock], life_ms: int) -> Reserved:
+        """Ask to write `blocks`, parents before children; evicts to make room, at most 64 blocks a call.
+
+        What is not committed within `life_ms` (at most 60 s) is void. Raises Unconfigured.
+        """
+        if not blocks:
+            return Reserved([], bytes(FENCE_BYTES), [], False)
+        packed = [
+            struct.pack(">16s16s8sIB", b.hash, b.parent, b.owner, b.size, b.priority) + _ttl(b.ttl_ms)
+            for b in _bounded(blocks)
+        ]
+        statuses, fence, dropped, more = self._call("reserve", life_ms, *packed)
+        return Reserved([chr(status) for status in statuses], fence, _names(dropped), bool(more))  # type: ignore[misc]
+
+    def commit(self, fence: bytes, hashes: Sequence[bytes]) -> list[bool]:
+        """Make blocks readable whose payloads are in place. False: the reservation is void, unlink yours."""
+        if not hashes:
+            return []
+        done: bytes = self._call("commit", fence, *_bounded(hashes))
+        return [flag == ord("1") for flag in done]
+
+    def abort(self, fence: bytes, hashes: Sequence[bytes]) -> list[bytes]:
+        """Give reservations back. Returns names of payloads to unlink."""
+        return _names(self._call("abort", fence, *_bounded(hashes)))
+
+    def quarantine(self, block: bytes, fence: bytes, reason: str) -> list[bytes]:
+        """Report that the payload of a READY block is missing or bad: nobody will find it, nor what follows
+        it, until a writer has written it again. Returns names of payloads to unlink."""
+        return _names(self._call("quarantine", block, fence, reason))
+
+    def retain(self, hashes: Sequence[bytes], owner: bytes, priority: int, ttl_ms: int | None) -> int:
+        """Add `owner`'s retention to stored blocks, as `reserve` does. Returns how many were known."""
+        _check_priority(priority)
+        if not hashes:
+            return 0
+        packed = [block + struct.pack(">B", priority) + _ttl(ttl_ms) for block in _bounded(hashes)]
+        known: int = self._call("retain", owner, *packed)
+        return known
+
+    def evict(self, target_bytes: int) -> tuple[list[bytes], int, bool]:
+        """Evict towards a total of `target_bytes`, at most 64 blocks. Returns (names of payloads to unlink,
+        the total now, whether a further call could go on)."""
+        dropped, total, more = self._call("evict", target_bytes)
+        return _names(dropped), total, bool(more)
+
+    def upkeep(self, limit: int) -> tuple[int, int, list[bytes]]:
+        """Void overdue reservations and end overdue retentions, at most `limit` of each. Returns how many of
+        each there were and the names of payloads to unlink."""
+        reaped, expired, dropped = self._call("upkeep", limit)
+        return reaped, expired, _names(dropped)
+
+    def configure(self, capacity: int, *, replace: bool) -> None:
+        """Set the capacity in bytes; without `replace` only where none is set."""
+        if capacity <= 0:
+            raise ValueError(f"capacity must be positive, got {capacity} bytes")
+        if replace:
+            self.redis.hset(self.key["config"], "capacity", capacity)
+        else:
+            self.redis.hsetnx(self.key["config"], "capacity", capacity)
+
+    def usage(self) -> Usage:
+        """Sizes and counters as they are now."""
+        pipeline = self.redis.pipeline(transaction=False)
+        pipeline.hget(self.key["config"], "capacity")
+        pipeline.hlen(self.key["blocks"])
+        pipeline.zcard(self.key["leaves"])
+        pipeline.zcard(self.key["writing"])
+        pipeline.scard(self.key["dropped"])
+        pipeline.hgetall(self.key["bytes"])
+        pipeline.hgetall(self.key["counts"])
+        capacity, blocks, leaves, reservations, dropped, used, counts = pipeline.execute()
+        owners = {owner: int(size) for owner, size in used.items()}
+        return Usage(
+            capacity=int(capacity or 0),
+            total=owners.pop(b"total", 0),
+            blocks=blocks,
+            leaves=leaves,
+            reservations=reservations,
+            dropped=dropped,
+            owners=owners,
+            counts={name.decode(): int(value) for name, value in counts.items()},
+        )
+
+    def unlinked(self, names: Sequence[bytes]) -> None:
+        """Say that these dropped payloads are gone."""
+        self.redis.srem(self.key["dropped"], *names)
+
+    def some_dropped(self, count: int) -> list[bytes]:
+        """Dropped payloads that nobody has unlinked yet: their evictor died, or is about to do it."""
+        return list(self.redis.srandmember(self.key["dropped"], count))  # type: ignore[arg-type]
+
+    def load(self) -> None:
+        """Load the functions; also done by the first call that misses them."""
+        self.redis.execute_command("FUNCTION", "LOAD", "REPLACE", self._source)
+        self.loads += 1
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        command = ("FCALL", f"reprise_{self._version}_{function}", *self._head, *arguments)
+        try:
+            return self._execute(command)
+        except ResponseError as error:
+            if "Function not found" not in str(error):
+                raise
+        self.load()
+        return self._execute(command)
+
+    def _execute(self, command: tuple[Any, ...]) -> Any:
+        try:
+            return self.redis.execute_command(*command)
+        except ResponseError as error:
+            if str(error).startswith("UNCONFIGURED"):
+                raise Unconfigured(str(error)) from error
+            raise
+
+
+def _bounded(items: Sequence[_Item]) -> Sequence[_Item]:
+    if len(items) > MAX_BLOCKS:
+        raise ValueError(f"at most {MAX_BLOCKS} blocks in a call, got {len(items)}")
+    return items
+
+
+def _check_priority(priority: int) -> None:
+    if not 0 <= priority <= MAX_PRIORITY:
+        raise ValueError(f"priority must be 0 to {MAX_PRIORITY}, got {priority}")
+
+
+def _ttl(ttl_ms: int | None) -> bytes:
+    return (_NEVER_MS if ttl_ms is None else max(0, min(ttl_ms, _NEVER_MS - 1))).to_bytes(6, "big")
+
+
+def _names(joined: bytes) -> list[bytes]:
+    return [joined[at : at + NAME_BYTES] for at in range(0, len(joined), NAME_BYTES)]
