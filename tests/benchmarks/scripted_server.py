@@ -116,7 +116,7 @@ class ScriptedServer:
             await _send_event(writer, _tokens_chunk(chat, start, count, "logprobs" in body))
         if answer.ending != "no_finish":
             last: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason}
-            last |= {"delta": {}} if chat else {"text": ""}
+            last["delta" if chat else "text"] = {} if chat else ""
             await _send_event(writer, {"choices": [last]})
         if answer.usage:
             prompt = len(body.get("prompt", ())) or sum(len(m["content"].split()) for m in body["messages"])

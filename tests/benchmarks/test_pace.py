@@ -10,6 +10,7 @@ from benchmarks.loadgen.http import Address, HttpClient
 from benchmarks.loadgen.pace import ClosedLoop, OpenLoop, Pace, Run, Scheduled
 from benchmarks.loadgen.prompts import Api, RequestWriter, Vocabulary
 from benchmarks.loadgen.record import Record, Sender
+from benchmarks.loadgen.summary import distribution
 from benchmarks.loadgen.workload import Range, Segment, Session, Span, Turn, conversation, random_prompts
 
 from .scripted_server import Answer, ScriptedServer, serving, until
@@ -124,6 +125,26 @@ async def test_duration_ends_a_run_without_end_and_waits_for_what_is_under_way()
     assert {record.outcome for record in run.records} == {"ok"}
     assert max(record.due_s for record in run.records) - run.start_s < 0.2
     assert max(record.end_s for record in run.records) - run.start_s >= 0.2
+
+
+async def test_measured_percentiles_are_those_that_the_server_gave() -> None:
+    """Every tenth answer begins 0.4 s late; the server notes when it really began each."""
+    server = ScriptedServer(lambda index, body: Answer(first_token_s=0.4 if index % 10 == 9 else 0.02))
+    run = await play(server, sessions(60), ClosedLoop(20))
+    by_prompt = {str(body["prompt"]): index for index, body in enumerate(server.bodies)}
+    prompts = {s.name: str(run.writer.vocabulary.ids(s.turns[0].user)) for s in sessions(60)}
+    given_s, measured_s = [], []
+    for record in run.records:
+        given_s.append(server.first_token_sent_s[by_prompt[prompts[record.session]]] - record.due_s)
+        measured_s.append(ttft_s(record))
+        assert measured_s[-1] >= given_s[-1]
+    given, measured = distribution(given_s), distribution(measured_s)
+    assert given is not None
+    assert measured is not None
+    assert measured.p99 == pytest.approx(given.p99, rel=0.2)
+    assert measured.mean == pytest.approx(given.mean, rel=0.2)
+    assert measured.p99 >= 0.4
+    assert measured.p99 > 4 * measured.p50
 
 
 # ---- conversations ----
