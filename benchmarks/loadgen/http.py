@@ -11,11 +11,10 @@ import asyncio
 import ssl
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
-import msgspec
 
 #: Servers close idle connections (uvicorn after 5 s). One that has rested longer than this is not used again,
 #: so that no request meets a connection on its way out.
@@ -31,7 +30,7 @@ class ConnectionFailed(Exception):
 
 
 class BadAnswer(Exception):
-    """What came back is not HTTP."""
+    """What came back is not in the form that was asked for."""
 
 
 class Receiver(Protocol):
@@ -87,18 +86,11 @@ class JsonAnswer:
     def data(self, chunk: bytes, at_s: float) -> None:
         self.body += chunk
 
-    def value(self) -> Any:
-        """The decoded body. Raises BadAnswer if it is not JSON."""
-        try:
-            return msgspec.json.decode(self.body)
-        except msgspec.DecodeError as error:
-            raise BadAnswer(f"not JSON: {error}") from None
-
 
 class HttpClient:
     """Sends requests to one address. Connections are opened as needed, used again, closed by `close`."""
 
-    def __init__(self, address: Address, api_key: str | None = None) -> None:
+    def __init__(self, address: Address, api_key: str = "") -> None:
         self.address = address
         self._tls = ssl.create_default_context() if address.tls else None
         authority = str(address).split("/")[2]
@@ -150,8 +142,9 @@ class HttpClient:
             _, connection = await loop.create_connection(
                 lambda: _Connection(self._open), self.address.host, self.address.port, ssl=self._tls
             )
-        except OSError as error:
-            raise ConnectionFailed(f"cannot connect: {error.strerror or error}") from None
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name that a resolver could look up
+            reason = getattr(error, "strerror", None) or error
+            raise ConnectionFailed(f"cannot connect: {reason}") from None
         return connection
 
 
@@ -173,6 +166,7 @@ class _Connection(asyncio.Protocol):
         if self._transport is None:
             raise ConnectionFailed("connection closed before the request was sent")
         self._parser = httptools.HttpResponseParser(self)
+        self._headers = {}
         self._receiver = receiver
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(request)

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import msgspec
 import uvloop
 
+from .environment import environment_of
 from .http import BadAnswer, ConnectionFailed, HttpClient
 from .options import DEFAULT_VOCAB_SIZE, Options, parse
 from .pace import ClosedLoop, Run
 from .progress import show_progress
 from .prompts import RequestWriter, Vocabulary
 from .record import Sender
-from .report import Environment, Report
+from .report import Report
 from .stream import one_line
 from .summary import failed, summarise
 from .table import render
-from .workload import Workload, warmup_prompts
+from .workload import warmup_prompts
 
 WARMUP_CONCURRENCY = 8
 
@@ -78,7 +75,7 @@ def _say(message: str, status: int) -> int:
 
 
 async def _measure(options: Options, argv: Sequence[str]) -> tuple[Report, Run]:
-    client = HttpClient(options.address, os.environ.get("OPENAI_API_KEY"))
+    client = HttpClient(options.address, os.environ.get("OPENAI_API_KEY", "").strip())
     try:
         model = await _served_model(client, options)
         writer = _writer(options, model)
@@ -95,7 +92,7 @@ async def _measure(options: Options, argv: Sequence[str]) -> tuple[Report, Run]:
         client.close()
     report = summarise(
         run.records,
-        _environment(options, model.id, argv, started),
+        environment_of(options, model.id, argv, started),
         options.terms,
         start_s=run.start_s,
         cpu_s=cpu_s,
@@ -135,8 +132,8 @@ async def _until_done_or_interrupted(run: Run, options: Options) -> bool:
 
 
 async def _warm_up(options: Options, run: Run) -> None:
-    """Requests that share no token with the measured ones. Raises CannotStart if one fails."""
-    workload: Workload = warmup_prompts(options.seed, options.warmup, *options.warmup_tokens)
+    """Requests whose prompts no measured one shares. Raises CannotStart if one fails."""
+    workload = warmup_prompts(options.seed, options.warmup, *options.warmup_tokens)
     await run.play(workload.sessions, ClosedLoop(min(options.warmup, WARMUP_CONCURRENCY)))
     for record in run.records:
         if record.outcome != "ok":
@@ -187,56 +184,6 @@ def _writer(options: Options, model: ServedModel) -> RequestWriter:
         count_tokens=options.verify,
         extra=options.extra,
     )
-
-
-def _environment(options: Options, model: str, argv: Sequence[str], started: datetime) -> Environment:
-    return Environment(
-        command=["python", "benchmarks/serve.py", *argv],
-        label=options.label,
-        started=started.isoformat(timespec="seconds"),
-        url=str(options.address),
-        model=model,
-        api=options.api,
-        workload=options.workload_name,
-        pace=options.pace_name,
-        seed=options.seed,
-        versions={
-            "python": platform.python_version(),
-            "commit": _commit(),
-            **{name: _version(name) for name in ("reprise", "httptools", "uvloop", "msgspec", "numpy")},
-        },
-        machine={"system": platform.platform(), "cpu": _cpu_model(), "cpus": os.cpu_count() or 0},
-    )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    """The commit of this repository, or empty outside one."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip()
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _allow_many_connections() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,8 +99,8 @@ class Run:
 
     async def _session(self, session: Session, prepared: Prepared, due_s: float) -> None:
         replies: list[Reply] = []
-        for index in itertools.count():
-            record = await self._request(Record(session.name, index, due_s, due_s), prepared)
+        while True:
+            record = await self._request(Record(session.name, len(replies), due_s, due_s), prepared)
             replies.append(Reply(record.text, record.output_tokens))
             record.text = ""
             left = len(session.turns) - len(replies)

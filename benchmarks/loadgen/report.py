@@ -82,13 +82,15 @@ class Goodput(msgspec.Struct):
 
 
 class Routing(msgspec.Struct):
-    """What `x-reprise-route` said of the `ok` requests; hits are those that the router predicted."""
+    """What `x-reprise-route` said of the `ok` requests, and how that compares with what was measured."""
 
     workers: dict[str, int]
-    max_over_mean: float  # 1 = even
+    max_over_mean: float  # 1 = even, over the workers that served at all
     reasons: dict[str, int]
-    hit_tokens: dict[str, int]  # by tier
+    hit_tokens: dict[str, int]  # by tier, as the worker found them
     uncached_tokens: int
+    predicted_hit_tokens: int
+    ttft_above_prediction_ms: Distribution | None  # measured - predicted
 
 
 class Cost(msgspec.Struct):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,9 +147,10 @@ def _within(value_s: float | None, limit_ms: float | None) -> bool:
 
 
 def _routing(ok: Sequence[Record]) -> Routing | None:
-    routes = [record.route for record in ok if record.route]
-    if not routes:
+    routed = [record for record in ok if record.route]
+    if not routed:
         return None
+    routes = [record.route for record in routed]
     workers = Counter(route["worker"] for route in routes if "worker" in route)
     hits: Counter[str] = Counter()
     for route in routes:
@@ -161,7 +163,24 @@ def _routing(ok: Sequence[Record]) -> Routing | None:
         reasons=dict(Counter(route["reason"] for route in routes if "reason" in route).most_common()),
         hit_tokens=dict(hits),
         uncached_tokens=sum(_integer(route.get("uncached", "")) for route in routes),
+        predicted_hit_tokens=sum(_integer(route.get("predicted_hit", "")) for route in routes),
+        ttft_above_prediction_ms=distribution(_above_prediction_ms(routed)),
     )
+
+
+def _above_prediction_ms(routed: Iterable[Record]) -> Iterator[float]:
+    for record in routed:
+        predicted_ms = _number(record.route.get("predicted_ttft_ms", ""))
+        if predicted_ms is not None and record.ttft_s is not None:
+            yield record.ttft_s * 1e3 - predicted_ms
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _integer(text: str) -> int:

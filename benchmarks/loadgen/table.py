@@ -116,4 +116,11 @@ def _routing(routing: Routing) -> Iterator[str]:
     if reasons:
         yield _row("", f"reasons: {reasons}")
     hits = ", ".join(f"{tier} {tokens:,}" for tier, tokens in routing.hit_tokens.items())
-    yield _row("", f"predicted hit tokens: {hits or 'none'}; uncached {routing.uncached_tokens:,}")
+    yield _row(
+        "",
+        f"hit tokens: {hits or 'none'} (predicted {routing.predicted_hit_tokens:,}); "
+        f"uncached {routing.uncached_tokens:,}",
+    )
+    above = routing.ttft_above_prediction_ms
+    if above is not None:
+        yield _row("", f"TTFT above its prediction: {above.p50:,.1f} ms (p50), {above.p99:,.1f} ms (p99)")

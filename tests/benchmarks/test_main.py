@@ -104,7 +104,8 @@ def test_the_fields_of_the_json_are_those_of_schema_1(tmp_path: Path) -> None:
         "tokens": "input output cached per_chunk estimated",
         "throughput": "requests_per_s input_tok_s out_tok_s total_tok_s",
         "goodput": "slo_ttft_ms slo_tpot_ms requests_per_s share_of_sent",
-        "routing": "workers max_over_mean reasons hit_tokens uncached_tokens",
+        "routing": "workers max_over_mean reasons hit_tokens uncached_tokens predicted_hit_tokens "
+        "ttft_above_prediction_ms",
         "cost": "dollars_per_hour output_tokens_per_dollar total_tokens_per_dollar "
         "dollars_per_million_output_tokens",
         "generator": "cpu_share send_lag_ms peak_in_flight",

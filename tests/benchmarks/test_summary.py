@@ -100,14 +100,14 @@ def test_cached_tokens_are_summed_where_told_and_absent_where_not() -> None:
     assert report_of(ok()).tokens.cached is None
 
 
-def test_routing_shows_balance_reasons_and_predicted_hits_by_tier() -> None:
+def test_routing_shows_balance_reasons_and_hits_by_tier_against_the_prediction() -> None:
     def routed(worker: str, **fields: str) -> Record:
         return ok(route={"worker": worker, **fields})
 
     routing = report_of(
-        routed("a", hit_gpu="64", hit_store="0", uncached="36", reason="seconds"),
-        routed("a", hit_gpu="0", hit_store="16", uncached="84", reason="seconds"),
-        routed("a", hit_gpu="broken"),
+        routed("a", hit_gpu="64", hit_store="0", uncached="36", reason="seconds", predicted_ttft_ms="40"),
+        routed("a", hit_gpu="0", hit_store="16", uncached="84", reason="seconds", predicted_hit="32"),
+        routed("a", hit_gpu="broken", predicted_ttft_ms="nan"),
         routed("b", reason="retry"),
         ok(),
     ).routing
@@ -117,6 +117,10 @@ def test_routing_shows_balance_reasons_and_predicted_hits_by_tier() -> None:
     assert routing.reasons == {"seconds": 2, "retry": 1}
     assert routing.hit_tokens == {"gpu": 64, "store": 16}
     assert routing.uncached_tokens == 120
+    assert routing.predicted_hit_tokens == 32
+    assert routing.ttft_above_prediction_ms is not None
+    assert routing.ttft_above_prediction_ms.count == 1
+    assert routing.ttft_above_prediction_ms.mean == pytest.approx(60)
     assert report_of(ok()).routing is None
 
 
