@@ -1,0 +1,122 @@
+"""From a request's text to tokens and block hashes, off the event loop where it takes long."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from services.router.api.checks import template_message, template_tools
+from services.router.api.errors import invalid
+from services.router.api.requests import ChatRequest, CompletionRequest
+from services.router.api.retention import (
+    boundaries,
+    explicit_retention,
+    message_spans,
+    span_retention,
+)
+from services.router.api.sampling import check_prompt_ids, check_room
+from services.router.text import ModelText
+from services.router.text.template import TemplateError
+from services.wire.hashes import chain_hashes, pack_tokens, root_hash
+from services.wire.messages import ModelCard, Retention
+
+#: Bodies below this are tokenised in the event loop (about 1 ms at this length), longer ones in a thread.
+INLINE_BYTES = 2048
+
+
+@dataclass(eq=False)
+class Prompt:
+    """Tokens to continue, how long to keep their blocks, and their names under every root asked for."""
+
+    tokens: list[int]
+    salt: bytes
+    retention: tuple[Retention, ...] = ()
+    packed: bytes = b""
+    _hashes: dict[tuple[bytes, int], list[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.packed = pack_tokens(self.tokens)
+
+    def root(self, fingerprint: bytes) -> bytes:
+        """Parent of the first block for a model's fingerprint."""
+        return root_hash(fingerprint, self.salt)
+
+    def hashes(self, fingerprint: bytes, block_size: int) -> list[bytes]:
+        """Names of the full blocks; computed once."""
+        key = (fingerprint, block_size)
+        if key not in self._hashes:
+            self._hashes[key] = chain_hashes(self.root(fingerprint), self.packed, block_size)
+        return self._hashes[key]
+
+
+class PromptBuilder:
+    """Templates, tokenises and hashes: what costs more than a millisecond runs in a few threads."""
+
+    def __init__(self, threads: int = 2) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prompt")
+
+    async def build(
+        self,
+        request: ChatRequest | CompletionRequest,
+        size: int,
+        text: ModelText,
+        card: ModelCard,
+        block_size: int,
+        salt: bytes,
+    ) -> Prompt:
+        """The prompt of a request whose body had `size` bytes. Raises ApiError (400)."""
+        if size < INLINE_BYTES:
+            return _build(request, text, card, block_size, salt)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, _build, request, text, card, block_size, salt)
+
+    def close(self) -> None:
+        """Drop what waits; what runs finishes in its thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _build(
+    request: ChatRequest | CompletionRequest, text: ModelText, card: ModelCard, block_size: int, salt: bytes
+) -> Prompt:
+    if isinstance(request, ChatRequest):
+        tokens, retention = _chat(request, text, card)
+    else:
+        tokens, retention = _completion(request, text, card)
+    prompt = Prompt(tokens, salt, retention)
+    prompt.hashes(card.fingerprint, block_size)  # here, in the thread: routing will ask for them
+    return prompt
+
+
+def _chat(request: ChatRequest, text: ModelText, card: ModelCard) -> tuple[list[int], tuple[Retention, ...]]:
+    spans = message_spans(request.messages)
+    if spans and request.retention:
+        raise invalid("retention and cache_priority cannot be combined in one request", "retention")
+    template = text.template
+    messages = [template_message(message, template) for message in request.messages]
+    wanted = boundaries(spans)
+    try:
+        chat = text.encode_chat(
+            messages, template_tools(request, template), request.chat_template_kwargs, wanted
+        )
+    except TemplateError as error:
+        raise invalid(f"messages: the model's chat template refused them: {error}", "messages") from None
+    if not chat.tokens:
+        raise invalid("messages: the model's chat template made an empty prompt of them", "messages")
+    check_room(len(chat.tokens), card, "messages")
+    if spans:
+        starts = dict(zip(wanted, chat.starts, strict=True))
+        return chat.tokens, span_retention(spans, starts, len(chat.tokens))
+    return chat.tokens, explicit_retention(request.retention, len(chat.tokens))
+
+
+def _completion(
+    request: CompletionRequest, text: ModelText, card: ModelCard
+) -> tuple[list[int], tuple[Retention, ...]]:
+    if isinstance(request.prompt, str):
+        tokens = text.encode_prompt(request.prompt)
+    else:
+        tokens = [token for token in request.prompt if isinstance(token, int)]
+        check_prompt_ids(tokens, card)
+    check_room(len(tokens), card, "prompt")
+    return tokens, explicit_retention(request.retention, len(tokens))

@@ -1,0 +1,64 @@
+"""One model's text side: everything a router makes out of a worker's `TextAssets`."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.router.text.detokenize import Detokenizer, make_detokenizer
+from services.router.text.template import ChatTemplate, TemplateError
+from services.router.text.tokenizer import Tokenizer
+from services.wire.messages import TextAssets
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """`starts[i]` is the index of the first token of the i-th message asked for."""
+
+    tokens: list[int]
+    starts: list[int]
+
+
+class ModelText:
+    """Tokenizer, chat template and generation defaults of one model. Safe to use from several threads."""
+
+    def __init__(self, assets: TextAssets, vocab_size: int) -> None:
+        """Takes up to a second for a large vocabulary. Raises ValueError if an asset cannot be used."""
+        self.tokenizer = Tokenizer(assets.tokenizer, vocab_size)
+        special = {"bos_token": assets.bos_token or "", "eos_token": assets.eos_token or ""}
+        self.template = ChatTemplate(assets.chat_template, special) if assets.chat_template else None
+        self.generation_defaults = assets.generation_defaults
+        self._first_token = (
+            self.tokenizer.token_id(assets.bos_token) if assets.add_bos and assets.bos_token else None
+        )
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a raw prompt, begun with the model's beginning-of-sequence token where it wants one."""
+        tokens = self.tokenizer.encode(text)
+        if self._first_token is not None and tokens[:1] != [self._first_token]:
+            tokens.insert(0, self._first_token)
+        return tokens
+
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        extra: dict[str, Any] | None,
+        starts_of: Sequence[int] = (),
+    ) -> ChatPrompt:
+        """Tokens of a conversation, ready for the assistant's answer, and where messages `starts_of`
+        (ascending; the number of messages means the end) begin. Raises TemplateError."""
+        if self.template is None:
+            raise TemplateError("the model has no chat template")
+        text = self.template.render(messages, tools, extra)
+        if not starts_of:
+            return ChatPrompt(self.tokenizer.encode(text), [])
+        tokens, token_starts = self.tokenizer.encode_with_starts(text)
+        chars = self.template.message_starts(starts_of, text, messages, tools, extra)
+        return ChatPrompt(tokens, [bisect_left(token_starts, char) for char in chars])
+
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """A detokenizer for one sequence that follows `prompt`."""
+        return make_detokenizer(self.tokenizer, prompt)
