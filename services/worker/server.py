@@ -20,7 +20,7 @@ from services.wire.channel_server import ChannelServer, Stream, SubmitError
 from services.wire.hashes import split_hashes, unpack_tokens
 from services.wire.limits import ChannelLimits
 from services.wire.messages import Hello, Stats, StepItem, Submit, TextAssets
-from services.worker.metrics import WorkerMetrics
+from services.worker.metrics import LabelledRegistry, WorkerMetrics
 from services.worker.request import Request, RequestError, StepListener, StepReport
 
 log = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ class WorkerServer:
     ) -> None:
         self.engine = engine
         self.channel = ChannelServer(hello, text, self, secret, limits)
+        self.labelled = LabelledRegistry(registry, hello.model.name)
         self.metrics = WorkerMetrics(
-            registry,
-            model_name=hello.model.name,
+            self.labelled,
             max_model_len=hello.model.max_model_len,
             block_size=hello.block_size,
             gpu_blocks=hello.gpu_blocks,

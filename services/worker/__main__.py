@@ -1,0 +1,174 @@
+"""One worker as a process: `python -m services.worker --model PATH`.
+
+Prints one line with its addresses when routers may come. SIGTERM and SIGINT drain it: routers are told, the
+running requests finish. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvloop
+
+from services.worker.config import EngineConfig
+from services.worker.process import Worker, WorkerConfig
+
+log = logging.getLogger("services.worker")
+
+#: A stuck engine must not keep the process for longer than this once its requests are done or given up.
+STOP_TIMEOUT_S = 10.0
+
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code: 0 drained, 1 could not start or failed, 2 bad options."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        config = _config(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    code: int = uvloop.run(_serve(config, options.drain_timeout))
+    return code
+
+
+async def _serve(config: WorkerConfig, drain_timeout_s: float) -> int:
+    ready = False
+    stop = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if not ready:
+            os._exit(0)  # nothing to drain; the threads that load the model would hold a graceful end up
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+
+    worker = Worker(config)
+    try:
+        await worker.start()
+    except (OSError, ValueError) as error:
+        log.debug("start failed", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    ready = True
+    print(
+        f"ready worker={config.name} channel={config.host}:{worker.port} "
+        f"metrics=http://{config.host}:{worker.metrics_port}/metrics",
+        flush=True,
+    )
+
+    failed = asyncio.create_task(worker.wait_failed())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait([failed, stopped], return_when=asyncio.FIRST_COMPLETED)
+    if failed.done():
+        log.error("the engine has failed, see above; this process ends")
+    elif not await worker.drain(drain_timeout_s):
+        log.warning("requests still ran after %g s of draining; they are cut off", drain_timeout_s)
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await worker.stop()
+    except TimeoutError:
+        log.error("the engine did not stop within %g s", STOP_TIMEOUT_S)
+        os._exit(1)
+    return 1 if failed.done() else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m services.worker", description="Serve a model to routers."
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="a .gguf file or a Hugging Face folder")
+    add("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="id of this worker in the fleet")
+    add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    add("--port", type=_port, default=0, help="of the token channel; 0 = any free one (default)")
+    add("--metrics-port", type=_port, default=0, help="of /metrics, /health and /ready; 0 = any free one")
+    add(
+        "--secret-file",
+        type=Path,
+        metavar="PATH",
+        help="secret shared with the routers; default: REPRISE_CHANNEL_SECRET. Needed unless on loopback",
+    )
+    add("--device", default="cpu", help="cpu (default) or cuda[:n]")
+    add(
+        "--dtype",
+        help="float32, bfloat16 or float16; by default float32 on the CPU, the model's own elsewhere",
+    )
+    add("--threads", type=_positive, help="CPU threads; by default PyTorch's choice")
+    add("--kv-memory", type=_size, default="1GiB", metavar="SIZE", help="for KV pages (default %(default)s)")
+    add("--block-size", type=int, default=16, help="tokens a block, the same in the whole deployment (16)")
+    add("--max-running", type=int, default=16, help="sequences in one step (default %(default)s)")
+    add("--max-step-tokens", type=int, default=512, help="tokens computed in one step (default %(default)s)")
+    add("--max-model-len", type=int, help="prompt and generated tokens; by default the model's own limit")
+    add("--drain-timeout", type=float, default=120.0, metavar="S", help="seconds (default %(default)g)")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    return parser
+
+
+def _config(options: argparse.Namespace) -> WorkerConfig:
+    return WorkerConfig(
+        model=options.model,
+        name=options.name,
+        host=options.host,
+        port=options.port,
+        metrics_port=options.metrics_port,
+        secret=_secret(options.secret_file),
+        engine=EngineConfig(
+            block_size=options.block_size,
+            kv_bytes=options.kv_memory,
+            max_running=options.max_running,
+            max_step_tokens=options.max_step_tokens,
+            max_model_len=options.max_model_len,
+            pipeline_depth=1 if options.device == "cpu" else 2,
+        ),
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+    )
+
+
+def _secret(path: Path | None) -> bytes:
+    if path is None:
+        return os.environ.get("REPRISE_CHANNEL_SECRET", "").encode()
+    secret = path.read_bytes().strip()
+    if not secret:
+        raise ValueError(f"--secret-file {path} is empty")
+    return secret
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|)", text)
+    if not match or not (size := int(float(match[1]) * _UNITS[match[2]])):
+        raise argparse.ArgumentTypeError(f"must be a size such as 512MiB or 1.5GiB, got {text!r}")
+    return size
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Prometheus collectors for what its ready-made metrics do not fit."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from services.worker.counters import Counters
+
+
+class StepHistogram(Collector):
+    """A histogram that takes many equal observations at once.
+
+    Most streams of a step share one gap; `Histogram.observe` for each would cost 1.4 µs a token, the whole
+    of `WorkerMetrics.step` costs 0.2 µs with this class (256 streams, 2-core EPYC).
+    """
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float], labels: dict[str, str]) -> None:
+        self._name = name
+        self._text = text
+        self._labels = labels
+        self._bounds = (*buckets, float("inf"))
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        below = 0
+        buckets = []
+        for bound, count in zip(self._bounds, list(self._counts), strict=True):
+            below += count
+            buckets.append((floatToGoString(bound), float(below)))
+        family.add_metric(list(self._labels.values()), buckets, self._sum)
+        return [family]
+
+
+class EngineCollector(Collector):
+    """The engine's own counters, read when scraped."""
+
+    def __init__(self, counters: Counters, labels: dict[str, str]) -> None:
+        self._counters = counters
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        values = list(self._labels.values())
+        engine = self._counters
+        steps = SummaryMetricFamily(
+            "reprise_step_seconds", "Device time of engine steps.", labels=list(self._labels)
+        )
+        steps.add_metric(values, count_value=engine.steps, sum_value=engine.step_s)
+        families: list[Metric] = [steps]
+        for name, text, value in (
+            ("failed_steps", "Steps that raised; their requests ended with an error.", engine.failed_steps),
+            (
+                "computed_prompt_tokens",
+                "Prompt tokens computed, again after preemption.",
+                engine.prefill_tokens,
+            ),
+            ("store_offered_blocks", "Blocks handed to the store.", engine.offered_blocks),
+            ("store_unoffered_blocks", "Blocks the store had no room for in time.", engine.unoffered_blocks),
+        ):
+            family = CounterMetricFamily(f"reprise_{name}", text, labels=list(self._labels))
+            family.add_metric(values, value)
+            families.append(family)
+        return families

@@ -1,0 +1,154 @@
+"""A whole worker in a running event loop: model, engine, channel and probes, put up and taken down.
+
+`python -m services.worker` wraps this in a process of its own, the Ray Serve deployment in a replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from services.wire.channel_server import bind
+from services.wire.messages import Hello, Stats
+from services.worker.collectors import EngineCollector
+from services.worker.config import EngineConfig
+from services.worker.engine import Engine
+from services.worker.load import LoadedModel, load_model
+from services.worker.probes import ProbeServer
+from services.worker.server import WorkerServer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Everything a worker is told. Port 0 means any free one."""
+
+    model: str  # a .gguf file or a Hugging Face folder
+    name: str  # this worker's id in routes, logs and metrics; unique in the fleet
+    host: str = "127.0.0.1"
+    port: int = 0
+    metrics_port: int = 0
+    secret: bytes = b""  # shared with the routers
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    device: str = "cpu"
+    dtype: str | None = None  # see load_model
+    threads: int | None = None  # of PyTorch on the CPU; None leaves it to PyTorch
+
+
+class Worker:
+    """One worker, from `start` to `stop`; not to be started again.
+
+    `port` and `metrics_port` are the true ones once `start` is under way.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.port = config.port
+        self.metrics_port = config.metrics_port
+        self._registry = CollectorRegistry()
+        self._resources = AsyncExitStack()
+        self._server: WorkerServer | None = None  # once routers are let in
+        self._draining = False
+
+    async def start(self) -> None:
+        """Take the ports, load the model, warm the engine up, let routers in.
+
+        Raises OSError for a port that cannot be had, ValueError for a model or setting that cannot be served;
+        nothing is left behind then.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> None:
+        config = self.config
+        probes = ProbeServer(
+            config.host,
+            config.metrics_port,
+            self._registry,
+            {"/health": self.trouble, "/ready": self._unready},
+        )
+        self._resources.callback(probes.stop)
+        self.metrics_port = probes.port
+        sock = bind(config.host, config.port, config.secret)
+        self._resources.callback(sock.close)
+        self.port = sock.getsockname()[1]
+
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        model = await asyncio.to_thread(load_model, config.model, device=config.device, dtype=config.dtype)
+        log.info("loaded %s", model.name)
+        engine = await asyncio.to_thread(_engine, model, config.engine)
+        await asyncio.to_thread(engine.warm_up)
+        rates = engine.stats()
+        log.info(
+            "warm: %d blocks of %d tokens, prefill %.0f tokens/s, decode step %.1f ms",
+            engine.pages,
+            config.engine.block_size,
+            rates.prefill_tokens_per_s,
+            rates.decode_step_s * 1e3,
+        )
+
+        hello = Hello(
+            worker_id=config.name,
+            epoch=time.time_ns(),
+            proof=b"",
+            model=msgspec.structs.replace(model.card, max_model_len=engine.max_model_len),
+            block_size=config.engine.block_size,
+            gpu_blocks=engine.pages,
+            max_running=config.engine.max_running,
+            prefill_tokens_per_s=rates.prefill_tokens_per_s,
+            decode_step_s=rates.decode_step_s,
+        )
+        server = WorkerServer(engine, hello, model.text, config.secret, self._registry)
+        self._registry.register(EngineCollector(engine.counters, server.labelled.labels))
+        ProcessCollector(registry=self._registry)
+        self._resources.push_async_callback(server.stop)
+        await server.start(sock)
+        self._server = server
+
+    def trouble(self) -> str:
+        """Why this worker is not healthy, empty if it is or is still starting. Callable from any thread."""
+        return self._server.trouble() if self._server else ""
+
+    def stats(self) -> Stats | None:
+        """The load, for whoever scales the fleet; None until the worker is ready."""
+        return self._server.engine.stats() if self._server else None
+
+    async def wait_failed(self) -> None:
+        """Returns when the engine has died: the process should be replaced. Call after `start`."""
+        if self._server:
+            await self._server.failed.wait()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and let the running ones finish. False when `timeout_s` was not enough."""
+        self._draining = True
+        return await self._server.drain(timeout_s) if self._server else True
+
+    async def stop(self) -> None:
+        """End everything that `start` put up; requests still running are lost."""
+        await self._resources.aclose()
+
+    def _unready(self) -> str:
+        if self._server is None:
+            return "starting"
+        return "draining" if self._draining else self.trouble()
+
+
+def _engine(model: LoadedModel, config: EngineConfig) -> Engine:
+    """Allocates the KV memory. Raises ValueError when there is not so much."""
+    try:
+        return Engine(model, config)
+    except (MemoryError, RuntimeError) as error:  # PyTorch's CPU allocator raises a plain RuntimeError
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"kv_bytes of {config.kv_bytes} cannot be allocated: {reason}") from error
