@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -14,6 +16,10 @@ from .record import Record, Sender
 from .workload import Session
 
 Arrival = Literal["poisson", "fixed"]
+
+#: Requests written before they are due: a trace's bursts leave together, although a long prompt takes a
+#: millisecond to write.
+LOOK_AHEAD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +87,28 @@ class Run:
                     await self._on_time(((session.start_s or 0.0, session) for session in sessions), group)
 
     async def _on_time(self, timed: Iterator[tuple[float, Session]], group: asyncio.TaskGroup) -> None:
-        for at_s, session in timed:
+        ahead = deque(self._written(itertools.islice(timed, LOOK_AHEAD)))
+        more = self._written(timed)
+        self.start_s = time.perf_counter()
+        while ahead:
+            at_s, session, prepared = ahead.popleft()
             due_s = self.start_s + at_s
             if self._over(max(due_s, time.perf_counter())):
                 return
-            first = self.writer.write(session, [])  # before its time, so that writing delays nothing
-            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-            group.create_task(self._session(session, first, due_s))
+            await _until(due_s)
+            group.create_task(self._session(session, prepared, due_s))
+            while len(ahead) < LOOK_AHEAD and not (ahead and self._is_due(ahead[0][0])):
+                await asyncio.sleep(0)
+                written = next(more, None)
+                if written is None:
+                    break
+                ahead.append(written)
+
+    def _written(self, timed: Iterator[tuple[float, Session]]) -> Iterator[tuple[float, Session, Prepared]]:
+        return ((at_s, session, self.writer.write(session, [])) for at_s, session in timed)
+
+    def _is_due(self, at_s: float) -> bool:
+        return time.perf_counter() >= self.start_s + at_s
 
     async def _one_after_another(self, sessions: Iterator[Session]) -> None:
         while not self._over(time.perf_counter()):
@@ -112,7 +133,7 @@ class Run:
                 return
             prepared = self.writer.write(session, replies)
             due_s = max(record.end_s + think_s, time.perf_counter())
-            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            await _until(due_s)
 
     async def _request(self, record: Record, prepared: Prepared) -> Record:
         self.records.append(record)
@@ -126,3 +147,12 @@ class Run:
 
     def _over(self, at_s: float) -> bool:
         return self.duration_s is not None and at_s - self.start_s >= self.duration_s
+
+
+async def _until(at_s: float) -> None:
+    """Never returns early: uvloop's timers may fire most of a millisecond before their time."""
+    while True:
+        left_s = at_s - time.perf_counter()
+        if left_s <= 0:
+            return
+        await asyncio.sleep(left_s)

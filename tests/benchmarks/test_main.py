@@ -128,6 +128,14 @@ def test_the_same_seed_sends_the_same_prompts_at_any_pace() -> None:
     assert bodies[0] == bodies[1] != bodies[2]
 
 
+def test_no_request_is_sent_before_it_is_due(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    assert run(["--rate", "400", "--requests", "80", "--output-tokens", "1", "--json", str(path)])[0] == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 80
+    assert [row for row in rows if row["sent_s"] < row["due_s"]] == []
+
+
 def test_a_trace_is_replayed_with_equal_prompts_for_equal_hash_ids(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     line = {"timestamp": 0, "input_length": 600, "output_length": 16, "hash_ids": [0, 1]}

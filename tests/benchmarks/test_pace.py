@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.loadgen.http import Address, HttpClient
-from benchmarks.loadgen.pace import ClosedLoop, OpenLoop, Pace, Run, Scheduled
+from benchmarks.loadgen.pace import LOOK_AHEAD, ClosedLoop, OpenLoop, Pace, Run, Scheduled
 from benchmarks.loadgen.prompts import Api, RequestWriter, Vocabulary
 from benchmarks.loadgen.record import Record, Sender
 from benchmarks.loadgen.summary import distribution
@@ -82,19 +82,32 @@ async def test_open_loop_counts_the_wait_in_a_slow_servers_queue() -> None:
 
 
 async def test_a_late_generator_does_not_shorten_latencies() -> None:
-    """The third request is 0.2 s late through no fault of the server: its latency holds that, and says so."""
+    """Requests are sent 0.2 s late through no fault of the server: their latency holds that, and says so."""
 
     def stalling() -> Iterator[Session]:
-        for index, session in enumerate(sessions(4)):
-            if index == 2:
+        for index, session in enumerate(sessions(LOOK_AHEAD + 10)):
+            if index == LOOK_AHEAD + 2:
                 time.sleep(0.2)
             yield session
 
-    run = await play(always(), stalling(), OpenLoop(100.0, "fixed"))
-    third = run.records[2]
-    assert third.sent_s - third.due_s >= 0.15
-    assert ttft_s(third) >= third.sent_s - third.due_s
-    assert third.due_s - run.start_s == pytest.approx(0.02)
+    run = await play(always(), stalling(), OpenLoop(200.0, "fixed"))
+    lags_s = [record.sent_s - record.due_s for record in run.records]
+    assert max(lags_s) >= 0.15
+    assert all(ttft_s(record) >= lag_s for record, lag_s in zip(run.records, lags_s, strict=True))
+    assert [record.due_s - run.start_s for record in run.records] == pytest.approx(
+        [index / 200 for index in range(LOOK_AHEAD + 10)]
+    )
+
+
+async def test_requests_due_together_are_all_sent_however_many() -> None:
+    burst = LOOK_AHEAD * 2 + 5
+    together = (
+        Session(f"t{index}", (Turn((Segment(str(index), 4),), 1),), start_s=index // burst / 20)
+        for index in range(burst * 2)
+    )
+    run = await play(always(), together, Scheduled())
+    assert [record.session for record in run.records] == [f"t{index}" for index in range(burst * 2)]
+    assert {record.outcome for record in run.records} == {"ok"}
 
 
 async def test_a_trace_is_sent_at_its_own_times() -> None:
