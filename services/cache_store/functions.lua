@@ -40,7 +40,7 @@ local function open(keys)
     bytes = keys[6], config = keys[7], dropped = keys[8], counts = keys[9],
     now = clock[1] * 1000 + math.floor(clock[2] / 1000),
     records = {}, changed = {}, charges = {}, gone = {}, keep = {},
-    skipped = 0, skipped_score = 0, examined = 0, victims = 0,
+    passed = {}, passed_count = 0, passed_score = 0, examined = 0, victims = 0,
   }
 end
 
@@ -109,13 +109,24 @@ local function count(store, what, by)
 end
 
 -- ---- the eviction queue ----------------------------------------------------------------------------
+-- `passed` are the heads of the queue that this call found and left alone. When one of them moves, or another
+-- block sorts in among them, the count says nothing any more and the search starts at the head again.
+
+local function pass_none(store)
+  store.passed, store.passed_count, store.passed_score = {}, 0, 0
+end
 
 local function enqueue_if_leaf(store, id, record)
   if record.state == READY and record.children == 0 then
     local score = record.priority * PRIORITY_STEP + record.last
     redis.call('ZADD', store.leaves, score, id)
-    if score <= store.skipped_score then store.skipped = 0 end -- it sorts among those passed over: look again
+    if score <= store.passed_score or store.passed[id] then pass_none(store) end
   end
+end
+
+local function dequeue(store, id)
+  redis.call('ZREM', store.leaves, id)
+  if store.passed[id] then pass_none(store) end
 end
 
 -- Takes a block's payload away, and its record too unless children hang on it; goes on to its parent if
@@ -125,7 +136,7 @@ local function remove(store, id)
   if record.state == WRITING then
     redis.call('ZREM', store.writing, id)
   elseif record.state == READY and record.children == 0 then
-    redis.call('ZREM', store.leaves, id)
+    dequeue(store, id)
   end
   if record.state ~= LOST then
     store.gone[#store.gone + 1] = id .. record.fence
@@ -155,11 +166,11 @@ end
 local function evict_one(store, max_priority)
   while store.examined < MAX_EXAMINED do
     store.examined = store.examined + 1
-    local head = redis.call('ZRANGE', store.leaves, store.skipped, store.skipped, 'WITHSCORES')
+    local head = redis.call('ZRANGE', store.leaves, store.passed_count, store.passed_count, 'WITHSCORES')
     local id, score = head[1], tonumber(head[2])
     if not id or math.floor(score / PRIORITY_STEP) > max_priority then return false end
     if store.keep[id] or get(store, id).lease > store.now then
-      store.skipped, store.skipped_score = store.skipped + 1, score
+      store.passed[id], store.passed_count, store.passed_score = true, store.passed_count + 1, score
     else
       store.victims = store.victims + 1
       remove(store, id)
@@ -392,7 +403,7 @@ register('reserve', function(keys, args)
         local parent = get(store, block.parent)
         if not parent then return 'O' end
         if parent.state == READY and parent.children == 0 then
-          redis.call('ZREM', store.leaves, block.parent)
+          dequeue(store, block.parent)
         end
         parent.children = parent.children + 1
         save(store, block.parent, parent)
