@@ -19,7 +19,8 @@ def write_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) * columns**-0.5
+        weights: torch.Tensor = torch.randn(rows, columns, generator=generator)
+        return weights.mul_(columns**-0.5)
 
     weights = {
         "model.embed_tokens.weight": matrix(FAKE_VOCAB, HIDDEN),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -31,15 +32,18 @@ def _byte_characters() -> list[str]:
     return [names[byte] for byte in range(256)]
 
 
-def byte_text_assets() -> TextAssets:
-    """Token id = byte value; 256 and up are the special tokens."""
+def byte_text_assets(words: Sequence[str] = ()) -> TextAssets:
+    """Token id = byte value; 256 and up are the special tokens, then `words` as whole tokens."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     added = [
         {"id": token, "content": text, "special": True, "single_word": False, "lstrip": False,
          "rstrip": False, "normalized": False}
         for token, text in SPECIAL.items()
     ]  # fmt: skip
-    vocab = {character: byte for byte, character in enumerate(_byte_characters())}
+    characters = _byte_characters()
+    vocab = {character: byte for byte, character in enumerate(characters)}
+    for token, word in enumerate(words, start=FAKE_VOCAB):
+        vocab["".join(characters[byte] for byte in word.encode())] = token
     tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
@@ -69,13 +73,13 @@ def byte_text_assets() -> TextAssets:
     )
 
 
-def fake_card(name: str = "fake", max_model_len: int = 8192) -> ModelCard:
-    """The card of the model that FakeEngine pretends to run."""
+def fake_card(name: str, max_model_len: int, text: TextAssets, words: int = 0) -> ModelCard:
+    """The card of the model that FakeEngine pretends to run; `words` are those in `text`."""
     return ModelCard(
         name=name,
         fingerprint=blake2b(name.encode(), digest_size=16).digest(),
-        text_digest=blake2b(msgspec.msgpack.encode(byte_text_assets()), digest_size=16).digest(),
-        vocab_size=FAKE_VOCAB,
+        text_digest=blake2b(msgspec.msgpack.encode(text), digest_size=16).digest(),
+        vocab_size=FAKE_VOCAB + words,
         max_model_len=max_model_len,
         eos_token_ids=(EOS, IM_END),
     )

@@ -11,6 +11,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
 
 import uvloop
 from prometheus_client import CollectorRegistry
@@ -18,9 +19,20 @@ from prometheus_client import CollectorRegistry
 from services.wire.channel_server import bind
 from services.wire.limits import ChannelLimits
 from services.wire.messages import Hello
+from services.worker.request import Request
 from services.worker.server import WorkerServer
 from tests.fakes.engine import FakeEngine
-from tests.fakes.text import byte_text_assets, fake_card
+from tests.fakes.text import FAKE_VOCAB, byte_text_assets, fake_card
+
+#: With `--clock` a token is a word " 0000" to " 8191": the monotonic clock in units of CLOCK_S when the token
+#: was made, so that whoever receives it knows how long it took, up to 0.8 s.
+CLOCK_TOKENS = 8192
+CLOCK_S = 1e-4
+
+
+def clock_reply(request: Request) -> Iterator[int]:
+    while True:
+        yield FAKE_VOCAB + int(time.monotonic() / CLOCK_S) % CLOCK_TOKENS
 
 
 class FakeWorker:
@@ -36,6 +48,7 @@ class FakeWorker:
         port: int = 0,
         secret: bytes = b"",
         limits: ChannelLimits | None = None,
+        words: Sequence[str] = (),
     ) -> None:
         self.engine = engine or FakeEngine()
         self.name = name
@@ -44,14 +57,16 @@ class FakeWorker:
         self.port = port  # the true one after `start`
         self.secret = secret
         self.limits = limits
+        self.words = words  # whole tokens after the special ones, see byte_text_assets
 
     async def start(self) -> None:
         engine = self.engine
+        text = byte_text_assets(self.words)
         hello = Hello(
             worker_id=self.name,
             epoch=time.time_ns(),
             proof=b"",
-            model=fake_card(self.model, engine.max_model_len),
+            model=fake_card(self.model, engine.max_model_len, text, len(self.words)),
             block_size=engine.block_size,
             gpu_blocks=engine.gpu_blocks,
             max_running=engine.max_running,
@@ -61,7 +76,7 @@ class FakeWorker:
         sock = bind(self.host, self.port, self.secret)
         self.port = sock.getsockname()[1]
         self.registry = CollectorRegistry()
-        self.server = WorkerServer(engine, hello, byte_text_assets(), self.secret, self.registry, self.limits)
+        self.server = WorkerServer(engine, hello, text, self.secret, self.registry, self.limits)
         await self.server.start(sock)
 
     async def stop(self) -> None:
@@ -77,7 +92,7 @@ class FakeWorker:
 
 async def _serve(options: argparse.Namespace) -> None:
     engine = FakeEngine(
-        options.reply,
+        clock_reply if options.clock else options.reply,
         step_s=options.step_ms / 1000,
         prefill_tokens_per_s=options.prefill_tokens_per_s,
         block_size=options.block_size,
@@ -85,7 +100,10 @@ async def _serve(options: argparse.Namespace) -> None:
         max_running=options.max_running,
     )
     secret = os.environ.get("REPRISE_CHANNEL_SECRET", "").encode()
-    worker = FakeWorker(engine, name=options.name, model=options.model, port=options.port, secret=secret)
+    words = [f" {n:04}" for n in range(CLOCK_TOKENS)] if options.clock else []
+    worker = FakeWorker(
+        engine, name=options.name, model=options.model, port=options.port, secret=secret, words=words
+    )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,6 +120,9 @@ def main() -> None:
     parser.add_argument("--name", default="fake-worker")
     parser.add_argument("--model", default="fake")
     parser.add_argument("--reply", help="text of every answer; endless without")
+    parser.add_argument(
+        "--clock", action="store_true", help="every token tells when it was made, see CLOCK_S"
+    )
     parser.add_argument("--step-ms", type=float, default=0.0)
     parser.add_argument("--prefill-tokens-per-s", type=float, default=1e9)
     parser.add_argument("--block-size", type=int, default=16)
