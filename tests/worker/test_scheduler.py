@@ -184,7 +184,6 @@ def test_prompts_that_start_to_share_while_being_computed_meet_on_the_same_pages
     bench = Bench(budget=48)
     bench.add(make_request("ahead", prompt(200), arrival_s=1.0))
     bench.step()
-    bench.scheduler.limits = Limits(BLOCK, 8, 48)
     behind = bench.add(make_request("behind", prompt(200), arrival_s=2.0))
     computed: dict[object, int] = {"ahead": 48, "behind": 0}
     while behind.phase is not Phase.DECODE:
@@ -387,11 +386,11 @@ def test_a_preempted_sequence_keeps_the_token_under_way_and_waits_for_it() -> No
 
 def test_a_failed_step_takes_its_block_names_back_and_sharers_start_over() -> None:
     bench = Bench(budget=200)
-    loader_free = bench.add(make_request("a", prompt(64)))
+    doomed = bench.add(make_request("a", prompt(64)))
     plan = bench.plan()
     sharer = bench.add(make_request("b", prompt(80)))
     bench.plan()
-    end(bench.scheduler, loader_free, "error", 0.0, bench.counters)
+    end(bench.scheduler, doomed, "error", 0.0, bench.counters)
     bench.scheduler.undo(plan, 0.0)
     assert sharer.phase is Phase.WAITING
     assert bench.pool.match(sharer.hashes) == []
