@@ -68,6 +68,9 @@ def load_model(
     length = spec.max_position if max_model_len is None else max_model_len
     if not 1 <= length <= spec.max_position:
         raise ModelError(f"max_model_len must be from 1 to {spec.max_position}, got {max_model_len}")
+    ends = checkpoint.eos_token_ids
+    if not all(isinstance(token, int) and 0 <= token < spec.vocab_size for token in ends):
+        raise ModelError(f"eos_token_id must be token ids below {spec.vocab_size}, got {list(ends)}")
     text = checkpoint.text()
     weights = load_weights(checkpoint, spec, device, compute_dtype)
     return LoadedModel(
@@ -77,7 +80,7 @@ def load_model(
         fingerprint=model_fingerprint(files_digest(checkpoint.files), spec, compute_dtype, cache_dtype),
         kv_dtype=cache_dtype,
         max_model_len=length,
-        eos_token_ids=checkpoint.eos_token_ids,
+        eos_token_ids=ends,
         text=text,
         text_digest=text_digest(text),
     )

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+#: No size in a config is larger, so a damaged one is refused before it becomes an allocation.
+MAX_INTEGER = 1 << 30
+
 
 class ModelError(ValueError):
     """The model cannot be served; the message names the field or tensor, what it is and what it must be."""
@@ -22,11 +25,15 @@ class Config:
         """The raw value, None when absent."""
         return self.fields.get(name)
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number >= 1. Raises ModelError when absent without default, or anything else."""
+    def integer(
+        self, name: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_INTEGER
+    ) -> int:
+        """A whole number in the range. Raises ModelError when absent without default, or anything else."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{self.where}.{name} must be a whole number >= 1, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise ModelError(
+                f"{self.where}.{name} must be a whole number from {minimum} to {maximum}, got {value!r}"
+            )
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

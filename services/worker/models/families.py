@@ -15,33 +15,31 @@ from services.worker.models.config import Config, ModelError
 class Family:
     """The rules of one architecture."""
 
-    windows: Callable[[Config], tuple[int, ...]]  # sliding window in tokens of each layer, 0 = full attention
+    windows: Callable[[Config, int], tuple[int, ...]]  # (config, layers) -> see ModelSpec.windows
     qkv_bias: bool = False  # biases whatever the config says
     bias_option: bool = False  # `attention_bias: true` adds biases to q, k, v and o
     qk_norm: bool = False  # per-head RMS norm of q and k before the rotation
     head_dim: int | None = None  # when the config gives none; None = hidden_size / num_attention_heads
 
 
-def _full(config: Config) -> tuple[int, ...]:
-    return (0,) * config.integer("num_hidden_layers")
+def _full(config: Config, layers: int) -> tuple[int, ...]:
+    return (0,) * layers
 
 
-def _every_layer(config: Config) -> tuple[int, ...]:
-    window = config.integer("sliding_window") if config.get("sliding_window") else 0
-    return (window,) * config.integer("num_hidden_layers")
+def _every_layer(config: Config, layers: int) -> tuple[int, ...]:
+    return (config.integer("sliding_window") if config.get("sliding_window") else 0,) * layers
 
 
-def _upper_layers(config: Config) -> tuple[int, ...]:
+def _upper_layers(config: Config, layers: int) -> tuple[int, ...]:
     """Qwen: windows only with `use_sliding_window`, on the layers of `layer_types` or from
     `max_window_layers` on."""
     if not config.flag("use_sliding_window"):
-        return _full(config)
+        return _full(config, layers)
     window = config.integer("sliding_window", 4096)
-    layers = config.integer("num_hidden_layers")
     kinds = config.get("layer_types")
     if kinds is None:
-        first = config.integer("max_window_layers", 28)
-        kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+        first = min(config.integer("max_window_layers", 28, minimum=0), layers)
+        kinds = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
     if len(kinds) != layers:
         raise ModelError(f"config.layer_types must have {layers} entries, got {len(kinds)}")
     windows = {"full_attention": 0, "sliding_attention": window}

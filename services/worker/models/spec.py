@@ -10,6 +10,10 @@ from services.worker.models.config import Config, ModelError
 from services.worker.models.families import FAMILIES
 from services.worker.models.rope import Rope, rope_from_config
 
+#: Far above any model; what is beyond is a damaged config.
+MAX_LAYERS = 1024
+MAX_HEAD_DIM = 1024
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -49,13 +53,14 @@ class ModelSpec:
         architecture = _architecture(config)
         family = FAMILIES[architecture]
         _refuse_unsupported(config)
+        layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
         heads, hidden_size = config.integer("num_attention_heads"), config.integer("hidden_size")
         kv_heads = config.integer("num_key_value_heads", heads)
         if heads % kv_heads:
             raise ModelError(
                 f"config.num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"
             )
-        head_dim = config.integer("head_dim", family.head_dim or hidden_size // heads)
+        head_dim = config.integer("head_dim", family.head_dim or hidden_size // heads, maximum=MAX_HEAD_DIM)
         if head_dim % 2:
             raise ModelError(f"config.head_dim must be even, got {head_dim}")
         rope = rope_from_config(config, head_dim)
@@ -65,14 +70,14 @@ class ModelSpec:
             vocab_size=config.integer("vocab_size"),
             hidden_size=hidden_size,
             ffn_size=config.integer("intermediate_size"),
-            layers=config.integer("num_hidden_layers"),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             norm_eps=config.number("rms_norm_eps", 1e-6),
             rope=rope,
             max_position=max(config.integer("max_position_embeddings"), rope.max_position),
-            windows=family.windows(config),
+            windows=family.windows(config, layers),
             qkv_bias=family.qkv_bias or option_bias,
             o_bias=option_bias,
             qk_norm=family.qk_norm,

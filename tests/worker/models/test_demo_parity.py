@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from services.worker.load import LoadedModel
 from tests.worker.driver import Driver
 
+pytestmark = pytest.mark.slow
+
 LOGIT_TOLERANCE = 1e-3
 
 PROMPTS = {

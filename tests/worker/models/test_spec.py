@@ -45,6 +45,7 @@ def test_mistral_has_its_window_on_every_layer() -> None:
     [
         ({"sliding_window": 32, "max_window_layers": 0}, (0, 0, 0)),
         ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}, (0, 0, 32)),
+        ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}, (32, 32, 32)),
         ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 28}, (0, 0, 0)),
         (
             {
@@ -68,8 +69,9 @@ def test_qwen_windows_need_the_flag_and_follow_the_layers(
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not supported; supported: Llama"),
         ({"architectures": []}, r"architecture \(none\)"),
         ({"num_hidden_layers": None}, "config.num_hidden_layers is missing"),
-        ({"hidden_size": "48"}, "config.hidden_size must be a whole number >= 1, got '48'"),
+        ({"hidden_size": "48"}, "config.hidden_size must be a whole number from 1 to 1073741824, got '48'"),
         ({"hidden_size": True}, "config.hidden_size"),
+        ({"num_hidden_layers": 10**6}, "config.num_hidden_layers must be a whole number from 1 to 1024"),
         ({"vocab_size": 0}, "config.vocab_size"),
         ({"rms_norm_eps": -1.0}, "config.rms_norm_eps must be a number > 0"),
         ({"tie_word_embeddings": "yes"}, "config.tie_word_embeddings must be true or false"),

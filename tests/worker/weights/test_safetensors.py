@@ -147,3 +147,9 @@ def test_end_tokens_come_from_the_generation_config_first(
     (folder / "config.json").write_text(json.dumps(fields | {"eos_token_id": config}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     assert load_model(folder).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("ids", ["</s>", [2, 300], -1, [None]])
+def test_end_tokens_outside_the_vocabulary_are_refused(folder: Path, ids: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    refused(folder, "eos_token_id must be token ids below 300")
