@@ -4,7 +4,7 @@
 """
 
 from tests.fakes.engine import FakeEngine
+from tests.fakes.fake_worker import FakeWorker
 from tests.fakes.text import EOS, FAKE_VOCAB, byte_text_assets, fake_card
-from tests.fakes.worker import FakeWorker
 
 __all__ = ["EOS", "FAKE_VOCAB", "FakeEngine", "FakeWorker", "byte_text_assets", "fake_card"]

@@ -59,18 +59,21 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.submitted: list[Request] = []  # all that was ever taken
         self.cancelled: list[Hashable] = []  # all that was ever asked to stop
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._reset()
+
+    def _reset(self) -> None:
         self._waiting: OrderedDict[Hashable, Request] = OrderedDict()
         self._running: dict[Hashable, _Run] = {}
         self._to_cancel: set[Hashable] = set()
         self._cache: OrderedDict[bytes, None] = OrderedDict()
         self._stored: list[bytes] = []
         self._removed: list[bytes] = []
-        self._changed = threading.Condition()
         self._stalled = False
         self._crash = False
         self._stopping = False
         self._fail_message = ""
-        self._thread: threading.Thread | None = None
 
     # ---- failures --------------------------------------------------------------------------------
 
@@ -98,6 +101,8 @@ class FakeEngine:
     # ---- EngineLike ------------------------------------------------------------------------------
 
     def start(self, listener: StepListener) -> None:
+        """Begin, or begin again after `stop` with nothing left of before."""
+        self._reset()
         self._listener = listener
         self._thread = threading.Thread(target=self._loop, name="fake-engine", daemon=True)
         self._thread.start()

@@ -1,7 +1,7 @@
-"""A fake worker: the true server and channel around a FakeEngine, in this process or as one of its own.
+"""A fake worker as a process: `python -m tests.fakes.worker --port 0 --name w0 --step-ms 12.5`.
 
-async with FakeWorker(FakeEngine("hello"), name="w0") as worker:   # worker.host, worker.port
-python -m tests.fakes.worker --port 0 --name w0 --step-ms 12.5      # prints "ready … channel=host:port"
+Prints `ready worker=w0 channel=host:port` when routers may come; SIGTERM drains it. The channel's secret is
+REPRISE_CHANNEL_SECRET's.
 """
 
 from __future__ import annotations
@@ -10,84 +10,12 @@ import argparse
 import asyncio
 import os
 import signal
-import time
-from collections.abc import Iterator, Sequence
 
 import uvloop
-from prometheus_client import CollectorRegistry
 
-from services.wire.channel_server import bind
-from services.wire.limits import ChannelLimits
-from services.wire.messages import Hello
-from services.worker.request import Request
-from services.worker.server import WorkerServer
+from tests.fakes.clock import CLOCK_WORDS, clock_reply
 from tests.fakes.engine import FakeEngine
-from tests.fakes.text import FAKE_VOCAB, byte_text_assets, fake_card
-
-#: With `--clock` a token is a word " 0000" to " 8191": the monotonic clock in units of CLOCK_S when the token
-#: was made, so that whoever receives it knows how long it took, up to 0.8 s.
-CLOCK_TOKENS = 8192
-CLOCK_S = 1e-4
-
-
-def clock_reply(request: Request) -> Iterator[int]:
-    while True:
-        yield FAKE_VOCAB + int(time.monotonic() / CLOCK_S) % CLOCK_TOKENS
-
-
-class FakeWorker:
-    """Listens between `start` and `stop`. Started again it is a restarted worker: same port, new epoch."""
-
-    def __init__(
-        self,
-        engine: FakeEngine | None = None,
-        *,
-        name: str = "fake-worker",
-        model: str = "fake",
-        host: str = "127.0.0.1",
-        port: int = 0,
-        secret: bytes = b"",
-        limits: ChannelLimits | None = None,
-        words: Sequence[str] = (),
-    ) -> None:
-        self.engine = engine or FakeEngine()
-        self.name = name
-        self.model = model
-        self.host = host
-        self.port = port  # the true one after `start`
-        self.secret = secret
-        self.limits = limits
-        self.words = words  # whole tokens after the special ones, see byte_text_assets
-
-    async def start(self) -> None:
-        engine = self.engine
-        text = byte_text_assets(self.words)
-        hello = Hello(
-            worker_id=self.name,
-            epoch=time.time_ns(),
-            proof=b"",
-            model=fake_card(self.model, engine.max_model_len, text, len(self.words)),
-            block_size=engine.block_size,
-            gpu_blocks=engine.gpu_blocks,
-            max_running=engine.max_running,
-            prefill_tokens_per_s=engine.prefill_tokens_per_s,
-            decode_step_s=engine.step_s,
-        )
-        sock = bind(self.host, self.port, self.secret)
-        self.port = sock.getsockname()[1]
-        self.registry = CollectorRegistry()
-        self.server = WorkerServer(engine, hello, text, self.secret, self.registry, self.limits)
-        await self.server.start(sock)
-
-    async def stop(self) -> None:
-        await self.server.stop()
-
-    async def __aenter__(self) -> FakeWorker:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.stop()
+from tests.fakes.fake_worker import FakeWorker
 
 
 async def _serve(options: argparse.Namespace) -> None:
@@ -100,7 +28,7 @@ async def _serve(options: argparse.Namespace) -> None:
         max_running=options.max_running,
     )
     secret = os.environ.get("REPRISE_CHANNEL_SECRET", "").encode()
-    words = [f" {n:04}" for n in range(CLOCK_TOKENS)] if options.clock else []
+    words = CLOCK_WORDS if options.clock else []
     worker = FakeWorker(
         engine, name=options.name, model=options.model, port=options.port, secret=secret, words=words
     )
@@ -121,7 +49,7 @@ def main() -> None:
     parser.add_argument("--model", default="fake")
     parser.add_argument("--reply", help="text of every answer; endless without")
     parser.add_argument(
-        "--clock", action="store_true", help="every token tells when it was made, see CLOCK_S"
+        "--clock", action="store_true", help="tokens tell when they were made, see fakes.clock"
     )
     parser.add_argument("--step-ms", type=float, default=0.0)
     parser.add_argument("--prefill-tokens-per-s", type=float, default=1e9)
