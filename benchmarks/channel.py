@@ -59,8 +59,8 @@ class Load:
 
     @property
     def offered(self) -> float:
-        """Tokens/s if nothing ever waited."""
-        return self.streams * 1000 / self.step_ms
+        """Tokens/s if nothing ever waited: the first token comes at once, then one a step."""
+        return self.streams * self.answer_tokens / ((self.answer_tokens - 1) * self.step_ms / 1000)
 
 
 @dataclass
@@ -377,9 +377,7 @@ def render(rows: list[Row], heading: bool = True) -> str:
                 f"{row.wrong:,}",
             ]
         )
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-    )
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def main() -> int:
@@ -397,7 +395,7 @@ def main() -> int:
     add("--streams", type=int, default=256, help="(default %(default)s)")
     add("--workers", type=int, default=2, help="(default %(default)s)")
     add("--prompt-tokens", type=int, default=200, help="(default %(default)s)")
-    add("--answer-tokens", type=int, default=256, help="(default %(default)s)")
+    add("--answer-tokens", type=int, default=256, help="at least 2 (default %(default)s)")
     add("--seconds", type=float, default=7.0, help="measured, after 3 s of warm-up (default %(default)g)")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
