@@ -26,8 +26,10 @@ import torch
 
 from kernels.philox import philox_uniform, philox_uniform_vocab
 
-#: Top-p looks at this many best tokens first; only a flatter row is sorted whole.
-_TOP_P_HEAD = 1024
+#: How many of the best tokens top-p looks at, first and second; only a flatter row is sorted whole. On prose,
+#: SmolLM2 with top_p 0.9 keeps 120 tokens on average and 970 at the 99th percentile; the best 256 of 49,152
+#: are found in 0.1 ms a row, all in 3.5 ms.
+_TOP_P_HEADS = (256, 4096)
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,8 @@ def _nucleus_floor(scaled: torch.Tensor, floor: torch.Tensor, top_p: torch.Tenso
     kept = scaled.masked_fill(scaled < floor.unsqueeze(-1), -torch.inf).log_softmax(-1)
     result = floor.clone()
     pending = torch.arange(len(floor), device=floor.device)
-    for head in (min(_TOP_P_HEAD, scaled.shape[-1]), scaled.shape[-1]):
-        best = kept[pending].topk(head, dim=-1)
+    for head in (*_TOP_P_HEADS, scaled.shape[-1]):
+        best = kept[pending].topk(min(head, scaled.shape[-1]), dim=-1)
         mass = best.values.exp().cumsum(-1, dtype=torch.float64)
         enough = mass >= top_p[pending].unsqueeze(-1)
         reached = enough[:, -1]

@@ -115,9 +115,21 @@ def test_page_offsets_are_64_bit() -> None:
     for row, page in enumerate((beyond, beyond + 1)):
         pool[page] = inputs["k_pages"][inputs["block_tables"][row, 0]]
     near = inputs | {"v_pages": inputs["k_pages"]}
-    far = inputs | {"k_pages": pool, "v_pages": pool, "block_tables": torch.tensor([[beyond], [beyond + 1]])}
+    tables = torch.tensor([[beyond], [beyond + 1]], dtype=torch.int32)
+    far = inputs | {"k_pages": pool, "v_pages": pool, "block_tables": tables}
     for run in (attention.reference, attention.launch):
         assert torch.equal(run(**far, **case.options), run(**near, **case.options))
+
+
+def test_a_tile_writes_its_own_queries_only() -> None:
+    case = cases.AttentionCase(((10, 40),), group=3, n_kv=1, dim=64, block_size=16)
+    inputs = case.inputs(torch.float32, "cpu")
+    with cases.poisoned_memory():
+        first_tile = attention.launch(
+            **inputs, **case.options | {"max_query": 5}, tile=sm90.Tile(16, 16, 1, 1)
+        )
+    cases.assert_close(first_tile[:5], case.expected(inputs)[:5])
+    assert first_tile[5:].isnan().all()
 
 
 def test_the_table_takes_the_smallest_tile_that_holds_the_queries() -> None:

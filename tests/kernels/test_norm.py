@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernels import norm
 from tests.kernels import cases
 
-EPS = 1e-5
+EPS = 0.1  # large enough to matter
 shapes = st.tuples(st.integers(1, 4), st.sampled_from([1, 64, 96, 576, 1000]), st.integers(0, 999))
 
 
@@ -33,7 +33,7 @@ def test_norm_is_that_of_fp64(
 @pytest.mark.parametrize("run", [norm.reference, norm.launch])
 @given(shape=shapes)
 @settings(max_examples=15)
-def test_residual_is_updated_in_place_and_normed_as_rounded(
+def test_residual_is_updated_in_place_and_then_normed(
     run: Callable[..., torch.Tensor], dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> None:
     tokens, hidden, seed = shape

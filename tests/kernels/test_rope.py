@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernels import rope
 from tests.kernels import cases
 
-EPS = 1e-6
+EPS = 0.1  # large enough to matter
 
 
 @st.composite
