@@ -24,6 +24,7 @@ def ray_environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_worker_niceness": "0",  # 15 by default: the engine would starve beside the router
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",  # a model that cannot be served is said so at once
     }
 
 
