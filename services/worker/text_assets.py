@@ -43,10 +43,11 @@ def text_assets_from_directory(directory: Path) -> TextAssets:
         raise ModelError(
             f"{directory.name} has no tokenizer.json, the only tokenizer format that is supported"
         )
+    tokenizer = _parse(document)
     bos_token = _token_text(config.get("bos_token", special.get("bos_token")))
     add_bos = config.get("add_bos_token")
     if add_bos is None:
-        add_bos = bos_token is not None and _starts_with(document, bos_token)
+        add_bos = bos_token is not None and _starts_with(tokenizer, bos_token)
     return TextAssets(
         tokenizer=plain_tokenizer(document),
         chat_template=_chat_template(directory, config),
@@ -63,9 +64,15 @@ def plain_tokenizer(document: dict[str, Any]) -> bytes:
     return msgspec.json.encode(document | {"truncation": None, "padding": None, "post_processor": None})
 
 
-def _starts_with(document: dict[str, Any], bos_token: str) -> bool:
+def _parse(document: dict[str, Any]) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(msgspec.json.encode(document).decode())
+    except Exception as error:  # the library raises Exception itself
+        raise ModelError(f"tokenizer.json is not a tokenizer: {error}") from error
+
+
+def _starts_with(tokenizer: Tokenizer, bos_token: str) -> bool:
     """Whether the tokenizer itself puts `bos_token` before a text."""
-    tokenizer = Tokenizer.from_str(msgspec.json.encode(document).decode())
     ids = tokenizer.encode("a").ids
     return bool(ids) and ids[0] == tokenizer.token_to_id(bos_token)
 
@@ -83,7 +90,8 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
-        template = {item["name"]: item["template"] for item in template}.get("default")
+        named = [item for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,13 @@ def test_the_kv_dtype_is_part_of_the_fingerprint_and_the_length_limit_is_not(fol
 def test_an_option_out_of_range_is_refused(folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load_model(folder, **options)  # type: ignore[arg-type]
+
+
+def test_a_gpu_machine_needs_no_gguf_ray_redis_or_web_server() -> None:
+    """Design §8: the engine imports with torch, triton, safetensors and tokenizers alone."""
+    code = "import sys, services.worker.load, services.worker.models.random; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"gguf", "ray", "redis", "fastapi", "transformers"}.isdisjoint(loaded.stdout.split())
 
 
 def test_a_path_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -91,8 +91,30 @@ def test_the_tokenizer_handed_out_adds_and_cuts_nothing(tmp_path: Path) -> None:
     assert Tokenizer.from_str(text.tokenizer.decode()).encode("a" * 10).ids == [0] * 10
 
 
+@pytest.mark.parametrize("bos_in_tokenizer", [True, False])
+def test_a_folder_that_transformers_saved_gives_the_tokens_of_transformers(
+    tmp_path: Path, bos_in_tokenizer: bool
+) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    made = with_bos(tokenizer()) if bos_in_tokenizer else tokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(
+        tmp_path
+    )
+    text = text_assets_from_directory(tmp_path)
+    ours = Tokenizer.from_str(text.tokenizer.decode())
+    prompt = (text.bos_token or "") + "aa" if text.add_bos else "aa"
+    assert ours.encode(prompt).ids == AutoTokenizer.from_pretrained(tmp_path)("aa").input_ids
+
+
 def test_a_folder_without_tokenizer_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no tokenizer\.json"):
+        text_assets_from_directory(tmp_path)
+
+
+def test_a_tokenizer_json_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(ModelError, match=r"tokenizer\.json is not a tokenizer"):
         text_assets_from_directory(tmp_path)
 
 

@@ -40,8 +40,8 @@ def _upper_layers(config: Config, layers: int) -> tuple[int, ...]:
     if kinds is None:
         first = min(config.integer("max_window_layers", 28, minimum=0), layers)
         kinds = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    if len(kinds) != layers:
-        raise ModelError(f"config.layer_types must have {layers} entries, got {len(kinds)}")
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise ModelError(f"config.layer_types must be a list of {layers}, got {kinds!r}")
     windows = {"full_attention": 0, "sliding_attention": window}
     unknown = sorted(set(kinds) - set(windows))
     if unknown:

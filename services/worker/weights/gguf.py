@@ -98,8 +98,8 @@ class GGUFCheckpoint:
         config = {field: metadata.get(f"{architecture}.{key}") for field, key in FIELDS.items()}
         fields = Config(config, architecture)
         heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+        head_dim = fields.integer("head_dim", hidden_size // heads)
         config["num_key_value_heads"] = fields.integer("num_key_value_heads", heads)
-        config["head_dim"] = fields.integer("head_dim", hidden_size // heads)
         embedding = self.shapes.get("model.embed_tokens.weight")
         return config | {
             "architectures": [
@@ -108,11 +108,12 @@ class GGUFCheckpoint:
                 if architecture == "llama" and config["sliding_window"]
                 else ARCHITECTURES[architecture]
             ],
+            "head_dim": head_dim,
             "vocab_size": embedding[0] if embedding else None,
             "tie_word_embeddings": "lm_head.weight" not in self.shapes,
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
             "use_sliding_window": config["sliding_window"] is not None,
-            "rope_parameters": self._rope(architecture, config["head_dim"]),
+            "rope_parameters": self._rope(architecture, head_dim),
         }
 
     def _rope(self, architecture: str, head_dim: int) -> dict[str, Any]:
@@ -132,6 +133,7 @@ class GGUFCheckpoint:
             "rope_type": kind,
             "factor": metadata.get(prefix + "scaling.factor"),
             "original_max_position_embeddings": metadata.get(prefix + "scaling.original_context_length"),
+            "attention_factor": metadata.get(prefix + "scaling.yarn_attn_factor"),
             "beta_fast": metadata.get(prefix + "scaling.yarn_beta_fast"),
             "beta_slow": metadata.get(prefix + "scaling.yarn_beta_slow"),
         }

@@ -93,10 +93,15 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     if len(types) != len(tokens):
         raise ModelError(f"tokenizer.ggml.token_type must have {len(tokens)} entries, got {len(types)}")
     tokenizer = builders[kind](metadata, tokens, types)
-    # Matched whole in the text before anything else; control tokens vanish when decoded to text.
-    for type_, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
-        added = [token for token, t in zip(tokens, types, strict=True) if t == type_]
-        tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in added])
+    # Matched whole in the text before anything else; special ones vanish when decoded to text.
+    matched = {TokenType.UNKNOWN: True, TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=matched[TokenType(type_)])
+            for token, type_ in zip(tokens, types, strict=True)
+            if type_ in matched
+        ]
+    )
     return tokenizer
 
 

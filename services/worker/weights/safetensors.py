@@ -17,7 +17,7 @@ from services.worker.models.config import ModelError
 from services.worker.text_assets import read_json, text_assets_from_directory
 
 INDEX = "model.safetensors.index.json"
-FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class SafetensorsCheckpoint:
@@ -44,12 +44,9 @@ class SafetensorsCheckpoint:
         try:
             handle = safe_open(file, framework="pt")
             for name in handle.keys():  # noqa: SIM118 - not a mapping
-                tensor = handle.get_slice(name)
-                if tensor.get_dtype() not in FLOAT_DTYPES:
-                    raise ModelError(f"tensor {name}: dtype {tensor.get_dtype()} is not supported")
                 if name in self._handles:
                     raise ModelError(f"tensor {name} is in two files")
-                shapes[name] = tuple(tensor.get_shape())
+                shapes[name] = tuple(handle.get_slice(name).get_shape())
                 self._handles[name] = handle
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file.name} cannot be read: {error}") from error
@@ -58,6 +55,8 @@ class SafetensorsCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         """The tensor, backed by the file: nothing is copied until it is used."""
         tensor: torch.Tensor = self._handles[name].get_tensor(name)
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise ModelError(f"tensor {name}: {tensor.dtype} is not supported")
         return tensor
 
     def text(self) -> TextAssets:

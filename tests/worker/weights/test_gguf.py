@@ -85,6 +85,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
             "rope__scaling__original_context_length": 64,
         },
     ),
+    "qwen2 with yarn options": (
+        "Qwen2ForCausalLM",
+        {"rope_parameters": YARN_ROPE | {"attention_factor": 1.3, "beta_fast": 16.0}},
+        "qwen2",
+        {
+            "rope__scaling__type": "yarn",
+            "rope__scaling__factor": 4.0,
+            "rope__scaling__original_context_length": 64,
+            "rope__scaling__yarn_attn_factor": 1.3,
+            "rope__scaling__yarn_beta_fast": 16.0,
+        },
+    ),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}, "qwen3", {}),
 }
 

@@ -75,7 +75,7 @@ def test_a_value_too_large_for_float16_is_refused_in_float16_only(folder: Path) 
 
 def test_an_integer_tensor_is_refused(folder: Path) -> None:
     edit(folder, lambda tensors: tensors.update({NORM: torch.ones(48, dtype=torch.int32)}))
-    refused(folder, f"tensor {NORM}: dtype I32 is not supported")
+    refused(folder, f"tensor {NORM}: torch.int32 is not supported")
 
 
 def test_redundant_tensors_of_older_checkpoints_are_ignored(tmp_path: Path) -> None:
