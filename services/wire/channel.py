@@ -89,7 +89,7 @@ class WorkerChannel:
                 pause_s = FIRST_PAUSE_S
                 self.last_error = ""
                 await self._watch(connection)
-            except (OSError, HandshakeError) as error:
+            except (OSError, UnicodeError, HandshakeError) as error:  # UnicodeError: no possible host name
                 connection.abort(str(error))
             finally:
                 connection.abort("the router closed the channel")

@@ -133,7 +133,13 @@ class ChannelServer:
         self._server: asyncio.Server | None = None
 
     async def serve(self, sock: socket.socket) -> None:
-        """Listen on a bound socket. Returns once routers can connect."""
+        """Listen on a bound socket. Returns once routers can connect. Raises OSError when another process
+        that bound the same port listens by now."""
+        try:
+            sock.listen()  # the loop would do it, but uvloop keeps the error to itself
+        except OSError as error:
+            host, port = sock.getsockname()[:2]
+            raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: RouterConnection(self), sock=sock)
 
@@ -210,7 +216,8 @@ class RouterConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._loop = asyncio.get_running_loop()
         self.lost = self._loop.create_future()
-        self._address = "{}:{}".format(*transport.get_extra_info("peername")[:2])
+        peer = transport.get_extra_info("peername") or ("?", 0)  # None when it has gone again already
+        self._address = "{}:{}".format(*peer[:2])
         self.peer = f"router at {self._address}"
         watch_for_dead_host(transport, self._limits.silence_s)
         self._server.arrived(self)

@@ -23,13 +23,14 @@ class ChannelLimits:
 def watch_for_dead_host(transport: asyncio.BaseTransport, silence_s: float) -> None:
     """Have the kernel break the connection when the peer's host vanishes without a word."""
     sock = transport.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", max(1, int(silence_s / 2))),
-        ("TCP_KEEPINTVL", max(1, int(silence_s / 6))),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", int(silence_s * 1000)),
-    ):
-        if number := getattr(socket, option, None):  # macOS has not all of them
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, number, value)
+    options = {
+        "TCP_KEEPIDLE": max(1, int(silence_s / 2)),
+        "TCP_KEEPINTVL": max(1, int(silence_s / 6)),
+        "TCP_KEEPCNT": 3,
+        "TCP_USER_TIMEOUT": int(silence_s * 1000),
+    }
+    with contextlib.suppress(OSError):  # it has gone already
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in options.items():
+            if option := getattr(socket, name, None):  # macOS has not all of them
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -79,11 +79,11 @@ async def served(secret=SECRET, limits=None, hello=HELLO, port=0):
 
 
 @asynccontextmanager
-async def connected(port, secret=SECRET, limits=None):
+async def connected(port, secret=SECRET, limits=None, host="127.0.0.1"):
     """A running WorkerChannel; `.listener` is set on it. Not waited for."""
     listener = Listener()
     channel = WorkerChannel(
-        "127.0.0.1",
+        host,
         port,
         secret=secret,
         router_id="r0",

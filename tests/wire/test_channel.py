@@ -363,6 +363,11 @@ async def test_an_address_where_nobody_listens_is_tried_until_somebody_does():
             await until(lambda: channel.hello)
 
 
+async def test_a_host_that_cannot_exist_is_an_error_like_any_other():
+    async with connected(1, host="x" * 70) as channel:
+        await until(lambda: channel.last_error != "not connected yet")
+
+
 async def test_concurrent_callers_share_one_answer_with_the_text_assets():
     asked = []
 

@@ -336,6 +336,17 @@ def test_a_port_that_is_open_to_the_network_needs_a_secret():
         bind("0.0.0.0", 0, b"")
 
 
+async def test_of_two_that_bound_a_port_before_either_listened_the_second_is_told():
+    async with served() as server:
+        with (
+            bind("127.0.0.1", 0, SECRET) as first,
+            bind("127.0.0.1", first.getsockname()[1], SECRET) as second,
+        ):
+            first.listen()
+            with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1:\d+: Address already in use"):
+                await server.serve(second)
+
+
 def test_a_taken_port_is_an_error_at_once():
     with bind("127.0.0.1", 0, SECRET) as sock:
         sock.listen()
