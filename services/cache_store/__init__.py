@@ -1,0 +1,7 @@
+"""The shared KV block store on Redis: blocks that any worker computed, for every worker to load.
+
+`functions` (with functions.lua) keeps the metadata and decides what is evicted, `frames` are the payloads'
+format, `payloads` moves them, `allocation` fits them into Redis' memory, `client` puts these together for
+workers, `service` is the upkeep and the metrics, `embedded` finds or starts a Redis. The worker's side of it
+is `services.worker.store_tier`.
+"""

@@ -9,7 +9,7 @@ Keys of shard k, all in one slot by the hash tag (N = layout version, `LAYOUT`):
     repriseN:{sK}:retained  HASH  block hash -> its explicit retentions: owner, priority, ttl, expiry; up to 8
     repriseN:{sK}:expiring  ZSET  block hash -> earliest expiry among its retentions
     repriseN:{sK}:bytes     HASH  owner -> bytes; `total`
-    repriseN:{sK}:config    HASH  capacity; the fence counter
+    repriseN:{sK}:config    HASH  capacity; identity of the contents; the fence counter
     repriseN:{sK}:dropped   SET   names of payloads that no record needs, until somebody has unlinked them
     repriseN:{sK}:counts    HASH  counters for the metrics
     repriseN:{pJ}:<name>    STRING payload (see payloads.py); name = block hash + fence
@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.resources import files
+from os import urandom
 from typing import Any, Literal, TypeVar
 
 from redis import Redis
@@ -116,7 +117,6 @@ def owner_digest(tenant: str) -> bytes:
 class StoreFunctions:
     """Calls of one shard. Raises what redis-py raises; loads the functions into a server that lacks them.
 
-    `loads` counts those times: a rise means that the server is new, or restarted and most likely empty.
     `source` is replaced only by tests that need to turn the clock.
     """
 
@@ -138,7 +138,6 @@ class StoreFunctions:
         )
         self.key = {name: b"reprise%d:{s%d}:%s" % (LAYOUT, shard, name.encode()) for name in names}
         self._head = (len(names), *self.key.values())  # every call declares all keys, in the Lua file's order
-        self.loads = 0
 
     def lookup(self, hashes: Sequence[bytes], owner: bytes, lease_ms: int) -> list[bytes]:
         """Fences of the leading run that is READY, which this use by `owner` refreshes.
@@ -213,14 +212,20 @@ class StoreFunctions:
         reaped, expired, dropped = self._call("upkeep", limit)
         return reaped, expired, _names(dropped)
 
-    def configure(self, capacity: int, *, replace: bool) -> None:
-        """Set the capacity in bytes; without `replace` only where none is set."""
-        if capacity <= 0:
-            raise ValueError(f"capacity must be positive, got {capacity} bytes")
-        if replace:
-            self.redis.hset(self.key["config"], "capacity", capacity)
-        else:
-            self.redis.hsetnx(self.key["config"], "capacity", capacity)
+    def configure(self, capacity: int) -> None:
+        """Set the capacity in bytes."""
+        self.redis.hset(self.key["config"], "capacity", _checked_capacity(capacity))
+
+    def attach(self, capacity: int | None) -> bytes:
+        """The identity of the store's contents: another one means that the store has been emptied or
+        restarted since. Sets `capacity`, if given, where none is set."""
+        pipeline = self.redis.pipeline(transaction=False)
+        if capacity is not None:
+            pipeline.hsetnx(self.key["config"], "capacity", _checked_capacity(capacity))
+        pipeline.hsetnx(self.key["config"], "identity", urandom(8))
+        pipeline.hget(self.key["config"], "identity")
+        identity: bytes = pipeline.execute()[-1]
+        return identity
 
     def usage(self) -> Usage:
         """Sizes and counters as they are now."""
@@ -256,7 +261,6 @@ class StoreFunctions:
     def load(self) -> None:
         """Load the functions; also done by the first call that misses them."""
         self.redis.execute_command("FUNCTION", "LOAD", "REPLACE", self._source)
-        self.loads += 1
 
     def _call(self, function: str, *arguments: Any) -> Any:
         command = ("FCALL", f"reprise_{self._version}_{function}", *self._head, *arguments)
@@ -286,6 +290,12 @@ def _bounded(items: Sequence[_Item]) -> Sequence[_Item]:
 def _check_priority(priority: int) -> None:
     if not 0 <= priority <= MAX_PRIORITY:
         raise ValueError(f"priority must be 0 to {MAX_PRIORITY}, got {priority}")
+
+
+def _checked_capacity(capacity: int) -> int:
+    if capacity <= 0:
+        raise ValueError(f"capacity must be positive, got {capacity} bytes")
+    return capacity
 
 
 def _ttl(ttl_ms: int | None) -> bytes:

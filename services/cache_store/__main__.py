@@ -1,0 +1,93 @@
+"""`python -m services.cache_store`: the store's upkeep and metrics, beside a Redis."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from services.cache_store.embedded import public_url
+from services.cache_store.service import Upkeep
+
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        upkeep = Upkeep(options.redis, options.capacity)
+    except ValueError as error:
+        return _fail(f"--redis {public_url(options.redis)}: {error}")
+    registry = CollectorRegistry()
+    registry.register(upkeep)
+    try:
+        server, thread = start_http_server(options.metrics_port, options.host, registry)
+    except OSError as error:
+        return _fail(f"--metrics-port {options.metrics_port} on {options.host}: {error.strerror}")
+    capacity = f"{options.capacity / (1 << 30):.2f} GiB"
+    metrics = f"http://{options.host}:{server.server_port}/metrics"
+    where = public_url(options.redis)
+    print(f"cache store: upkeep of {where}, capacity {capacity}, metrics at {metrics}", flush=True)
+    try:
+        upkeep.run(stop, options.interval)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+        upkeep.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m services.cache_store", description=__doc__)
+    add = parser.add_argument
+    default_redis = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
+    add("--redis", metavar="URL", default=default_redis, help="default: REDIS_URL, else 127.0.0.1:6379")
+    add("--capacity", type=_size, default="4GiB", metavar="SIZE", help="of the store (default %(default)s)")
+    add("--host", default="127.0.0.1", help="to serve the metrics on (default %(default)s)")
+    add("--metrics-port", type=_port, default=0, metavar="PORT", help="default: any free one")
+    add("--interval", type=_seconds, default=0.5, metavar="S", help="between rounds (default %(default)g)")
+    return parser
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|)", text)
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"must be a size above 0 such as 512MiB or 4GiB, got {text!r}")
+    return size
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 3600 seconds, got {text!r}")
+    return seconds
+
+
+def _fail(message: str) -> int:
+    print(f"cache store: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

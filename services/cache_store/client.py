@@ -1,0 +1,336 @@
+"""The block store as its users see it: a failure is a miss, and nothing waits for a store that is down."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from typing import TypeVar
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, RedisError
+from redis.retry import Retry
+
+from services.cache_store.allocation import stored_bytes
+from services.cache_store.breaker import CircuitBreaker
+from services.cache_store.embedded import public_url
+from services.cache_store.frames import BadFrame, FrameFormat, frame_header, open_frame
+from services.cache_store.functions import (
+    FOLLOW,
+    HAVE,
+    MAX_BLOCKS,
+    NO_ROOM,
+    ORPHAN,
+    WRITE,
+    NewBlock,
+    Reserved,
+    StoreFunctions,
+    Unconfigured,
+    owner_digest,
+)
+from services.cache_store.payloads import Payloads, unlink_payloads
+from services.wire.hashes import HASH_BYTES
+
+log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+#: A lease must outlast the load that it protects; a dead reader blocks its blocks' eviction for so long.
+LEASE_MS = 10_000
+
+#: A reservation must outlast one batch of writes.
+RESERVATION_MS = 10_000
+
+#: Rounds of making room for one batch: at most 64 blocks leave a round.
+_ROOM_ROUNDS = 4
+
+#: redis-py's default of 32 KiB a read halves the bandwidth of payloads (benchmarks/store.py).
+_SOCKET_READ_BYTES = 256 << 10
+
+
+class Outcome(StrEnum):
+    """What became of a block that was to be written."""
+
+    STORED = "stored"
+    HAD = "had"  # in the store already
+    FOLLOWED = "followed"  # another writer is at it
+    ORPHANED = "orphaned"  # the block before it is not in the store
+    NO_ROOM = "no_room"  # all that could go for it ranks higher
+    FAILED = "failed"  # the store is down or full, or the write came too late
+
+
+@dataclass(frozen=True)
+class WriteBlock:
+    """A block to store; `parent` is ROOT for a prefix's first block. `payload` holds its KV values."""
+
+    hash: bytes
+    parent: bytes
+    tenant: str
+    priority: int
+    ttl_s: float | None
+    payload: memoryview
+
+
+@dataclass
+class WriteReport:
+    outcomes: dict[bytes, Outcome] = field(default_factory=dict)  # by block hash; absent = FAILED
+    dropped: list[bytes] = field(default_factory=list)  # hashes of blocks that left the store on the way
+
+
+@dataclass(frozen=True)
+class Found:
+    """A leading run that the store holds, safe from eviction until it is released or `until` has passed."""
+
+    hashes: list[bytes]
+    names: list[bytes]  # of the payloads
+    leases: list[tuple[bytes, bytes]]
+    until: float  # on the store's clock
+
+
+class BlockStore:
+    """One shard of the store for blocks of one `format`. Thread-safe; a store in trouble raises nothing.
+
+    `url` is redis://, rediss:// (TLS) or unix://, with user and password where needed. `capacity` in bytes is
+    set if the store has none. After 5 failures within 10 s all calls answer at once, for 2 s at a time.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        format: FrameFormat,
+        *,
+        capacity: int | None = None,
+        shard: int = 0,
+        timeout_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        # One immediate retry on a fresh connection: after a restart all pooled ones are dead.
+        retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+        self._redis = Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            socket_read_size=_SOCKET_READ_BYTES,
+            retry=retry,
+        )
+        self._where = public_url(url)
+        self._format = format
+        self._shard = shard
+        self._capacity = capacity
+        self._block_bytes = stored_bytes(format.frame_bytes)
+        self._functions = StoreFunctions(self._redis, shard=shard)
+        self._payloads = Payloads(self._redis, format.frame_bytes, shard=shard)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._breaker = CircuitBreaker()
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def batch(self) -> int:
+        """Frames that `read` and one round of `write` move at most: 8 MiB of them."""
+        return self._payloads.batch
+
+    def is_down(self) -> bool:
+        """Whether calls are answered without asking, because the store keeps failing."""
+        with self._lock:
+            return self._breaker.is_open(self._clock())
+
+    def count(self, what: str, by: int = 1) -> None:
+        """Add to one of the `counts`."""
+        with self._lock:
+            self._counts[what] += by
+
+    def counts(self) -> dict[str, int]:
+        """What this client has seen: errors, quarantined:<reason>, written:<outcome> blocks, and whatever its
+        user counted."""
+        with self._lock:
+            return dict(self._counts)
+
+    def identity(self) -> bytes | None:
+        """Names the store's contents: another value means that it was emptied. None: it cannot be reached."""
+        return self._try(partial(self._functions.attach, self._capacity), None)
+
+    def lookup(self, hashes: Sequence[bytes], tenant: str) -> Found | None:
+        """The leading run of `hashes` that the store holds, leased: release it. None: unreachable."""
+        return self._try(partial(self._lookup, hashes, owner_digest(tenant)), None)
+
+    def read(self, found: Found, start: int, stop: int) -> list[list[memoryview]]:
+        """Payloads of blocks `start` to `stop` of a run, at most `batch`: a leading part of them, in order.
+
+        It ends before the first one that is missing or not what it should be, which is then quarantined.
+        Each payload is one or two views, to be read as if joined.
+        """
+        nothing: list[list[bytes] | None] = []
+        frames = self._try(partial(self._payloads.get, found.names[start:stop]), nothing)
+        payloads: list[list[memoryview]] = []
+        for index, pieces in enumerate(frames, start):
+            block = found.hashes[index]
+            payload = BadFrame.MISSING if pieces is None else open_frame(self._format, block, pieces)
+            if isinstance(payload, BadFrame):
+                self._quarantine(found.names[index], payload)
+                break
+            payloads.append(payload)
+        return payloads
+
+    def release(self, found: Found) -> None:
+        """End the leases of a run."""
+        for last, fence in found.leases:
+            if self._clock() < found.until:  # later it might end the lease of somebody else
+                self._try(partial(self._functions.release, last, fence), None)
+
+    def write(self, blocks: Sequence[WriteBlock]) -> WriteReport:
+        """Store blocks, parents before children."""
+        report = WriteReport()
+        for start in range(0, len(blocks), self.batch):
+            part = blocks[start : start + self.batch]
+            if not self._try(partial(self._write, part, report), False):
+                break
+        for block in blocks:
+            self.count(f"written:{report.outcomes.get(block.hash, Outcome.FAILED)}")
+        return report
+
+    def retain(self, hashes: Sequence[bytes], tenant: str, priority: int, ttl_s: float | None) -> None:
+        """Tell the store what a request wants of blocks that are stored already."""
+        owner, ttl_ms = owner_digest(tenant), _milliseconds(ttl_s)
+        for start in range(0, len(hashes), MAX_BLOCKS):
+            part = hashes[start : start + MAX_BLOCKS]
+            self._try(partial(self._functions.retain, part, owner, priority, ttl_ms), 0)
+
+    def close(self) -> None:
+        """Close all connections, also under the feet of calls in other threads: those answer as a miss."""
+        self._redis.close()
+        self._redis.connection_pool.disconnect()
+
+    # ---- inside
+
+    def _try(self, call: Callable[[], _Result], otherwise: _Result) -> _Result:
+        with self._lock:
+            if not self._breaker.allow(self._clock()):
+                return otherwise
+        try:
+            result = call()
+        except (RedisError, OSError, Unconfigured) as error:
+            with self._lock:
+                was_open = self._breaker.is_open(self._clock())
+                self._breaker.failed(self._clock())
+                opened = self._breaker.is_open(self._clock()) and not was_open
+                self._counts["errors"] += 1
+            if opened:
+                log.warning("store %s keeps failing, going on without it: %s", self._where, error)
+            return otherwise
+        with self._lock:
+            self._breaker.succeeded()
+        return result
+
+    def _lookup(self, hashes: Sequence[bytes], owner: bytes) -> Found:
+        until = self._clock() + LEASE_MS / 1000
+        fences: list[bytes] = []
+        leases = []
+        for start in range(0, len(hashes), MAX_BLOCKS):
+            part = hashes[start : start + MAX_BLOCKS]
+            found = self._functions.lookup(part, owner, LEASE_MS)
+            if found:
+                leases.append((part[len(found) - 1], found[-1]))
+            fences += found
+            if len(found) < len(part):
+                break
+        run = list(hashes[: len(fences)])
+        return Found(run, [block + fence for block, fence in zip(run, fences, strict=True)], leases, until)
+
+    def _quarantine(self, name: bytes, reason: BadFrame) -> None:
+        self.count(f"quarantined:{reason}")
+        block, fence = name[:HASH_BYTES], name[HASH_BYTES:]
+        self._drop(self._try(partial(self._functions.quarantine, block, fence, reason), []))
+
+    def _write(self, blocks: Sequence[WriteBlock], report: WriteReport) -> bool:
+        """One batch; raises when the store fails."""
+        left = list(blocks)
+        for _ in range(_ROOM_ROUNDS):
+            try:
+                reserved = self._reserve(left)
+            except OutOfMemoryError:
+                self._make_memory(len(left) * self._block_bytes, report)
+                return True
+            report.dropped += [name[:HASH_BYTES] for name in reserved.dropped]
+            self._drop(reserved.dropped)
+            to_write = []
+            for block, status in zip(left, reserved.statuses, strict=True):
+                if status == WRITE:
+                    to_write.append(block)
+                else:
+                    report.outcomes[block.hash] = _OUTCOMES[status]
+            self._put(to_write, reserved.fence, report)
+            left = [block for block in left if report.outcomes.get(block.hash) in _FOR_WANT_OF_ROOM]
+            if not left or not reserved.more_room:
+                break
+        return True
+
+    def _reserve(self, blocks: Sequence[WriteBlock]) -> Reserved:
+        new = [
+            NewBlock(
+                block.hash, block.parent, self._block_bytes, owner_digest(block.tenant), block.priority,
+                _milliseconds(block.ttl_s),
+            )
+            for block in blocks
+        ]  # fmt: skip
+        try:
+            return self._functions.reserve(new, RESERVATION_MS)
+        except Unconfigured:
+            self._functions.attach(self._capacity)
+            return self._functions.reserve(new, RESERVATION_MS)
+
+    def _put(self, blocks: Sequence[WriteBlock], fence: bytes, report: WriteReport) -> None:
+        if not blocks:
+            return
+        written = self._payloads.put(
+            [
+                (
+                    block.hash + fence,
+                    frame_header(self._format, block.hash, block.parent, block.payload),
+                    block.payload,
+                )
+                for block in blocks
+            ]
+        )
+        there = [block.hash for block, ok in zip(blocks, written, strict=True) if ok]
+        refused = [block.hash for block, ok in zip(blocks, written, strict=True) if not ok]
+        committed = self._functions.commit(fence, there)
+        late = [block for block, ok in zip(there, committed, strict=True) if not ok]
+        unlink_payloads(self._redis, [block + fence for block in late], shard=self._shard)
+        for block in there:
+            report.outcomes[block] = Outcome.FAILED if block in late else Outcome.STORED
+        if refused:
+            self._drop(self._functions.abort(fence, refused))
+            self._make_memory(len(refused) * self._block_bytes, report)
+
+    def _make_memory(self, wanted: int, report: WriteReport) -> None:
+        """Redis is full before the capacity is reached: it is set too high, or others use the same Redis."""
+        log.warning("store %s is out of memory below its capacity: evicting %d bytes", self._where, wanted)
+        names, _, _ = self._functions.evict(max(0, self._functions.usage().total - wanted))
+        report.dropped += [name[:HASH_BYTES] for name in names]
+        self._drop(names)
+
+    def _drop(self, names: Sequence[bytes]) -> None:
+        if names:
+            unlink_payloads(self._redis, names, shard=self._shard)
+            self._functions.unlinked(names)
+
+
+_OUTCOMES = {
+    HAVE: Outcome.HAD,
+    FOLLOW: Outcome.FOLLOWED,
+    ORPHAN: Outcome.ORPHANED,
+    NO_ROOM: Outcome.NO_ROOM,
+}
+_FOR_WANT_OF_ROOM = (Outcome.NO_ROOM, Outcome.ORPHANED)
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else max(0, round(seconds * 1000))

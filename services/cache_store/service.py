@@ -1,0 +1,135 @@
+"""Upkeep of the store and its metrics: what has to happen even when no worker calls.
+
+The store works without it: writers reap, expire and evict as far as they need to. With it there is room
+before anybody asks, the capacity survives a restart of Redis, and payloads of dead evictors go away.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from redis import Redis
+from redis.exceptions import RedisError
+
+from services.cache_store.embedded import public_url
+from services.cache_store.functions import StoreFunctions, Usage
+from services.cache_store.payloads import unlink_payloads
+
+log = logging.getLogger(__name__)
+
+#: Evict from the high to the low watermark. Below 85 % the allocator's rounding and bursts of writes fit too.
+HIGH_WATERMARK = 0.85
+LOW_WATERMARK = 0.80
+
+_SLICE = 256  # reservations and retentions a call
+_SWEEP = 1024  # dropped payloads a round
+
+
+class Upkeep(Collector):
+    """Keeps one shard tidy, and is the collector of its metrics. `usage` is None while Redis is away."""
+
+    def __init__(self, url: str, capacity: int, *, shard: int = 0) -> None:
+        if capacity <= 0:
+            raise ValueError(f"capacity must be positive, got {capacity} bytes")
+        self.usage: Usage | None = None
+        self._where = public_url(url)
+        self._capacity = capacity
+        self._shard = shard
+        self._redis = Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3)
+        self._functions = StoreFunctions(self._redis, shard=shard)
+
+    def run(self, stop: threading.Event, interval_s: float) -> None:
+        """One round every `interval_s` until `stop`; rounds that fail are tried again."""
+        complained = False
+        while not stop.is_set():
+            try:
+                self.round()
+                if complained:
+                    log.info("Redis at %s is back", self._where)
+                complained = False
+            except (RedisError, OSError) as error:
+                self.usage = None
+                if not complained:
+                    log.warning("no upkeep of the store: Redis at %s: %s", self._where, error)
+                complained = True
+            stop.wait(interval_s)
+
+    def round(self) -> None:
+        """Set the capacity, reap and expire what is due, evict to the low watermark, sweep, measure.
+        Raises what redis-py raises."""
+        functions = self._functions
+        if self.usage is None:
+            self._check_memory_settings()
+        functions.configure(self._capacity)
+        while True:
+            reaped, expired, dropped = functions.upkeep(_SLICE)
+            self._unlink(dropped)
+            if max(reaped, expired) < _SLICE:
+                break
+        if functions.usage().total > HIGH_WATERMARK * self._capacity:
+            more = True
+            while more:
+                dropped, _, more = functions.evict(int(LOW_WATERMARK * self._capacity))
+                self._unlink(dropped)
+        self._unlink(functions.some_dropped(_SWEEP))
+        self.usage = functions.usage()
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def _check_memory_settings(self) -> None:
+        memory = self._redis.info("memory")
+        limit, policy = int(memory["maxmemory"]), memory["maxmemory_policy"]
+        if limit and limit < self._capacity:
+            log.warning("maxmemory of Redis is %d bytes, below the capacity of %d", limit, self._capacity)
+        if policy != "noeviction":
+            log.warning("maxmemory-policy is %s: Redis evicts blocks on its own; use noeviction", policy)
+
+    def _unlink(self, names: list[bytes]) -> None:
+        if names:
+            unlink_payloads(self._redis, names, shard=self._shard)
+            self._functions.unlinked(names)
+
+    def collect(self) -> Iterable[Metric]:
+        usage = self.usage
+        up = GaugeMetricFamily("reprise_store_up", "Whether the last round of upkeep reached Redis.")
+        up.add_metric([], float(usage is not None))
+        yield up
+        if usage is None:
+            return
+        for name, help_, value in (
+            ("capacity_bytes", "What the store may hold.", usage.capacity),
+            ("bytes", "What it holds, allocator's rounding and metadata included.", usage.total),
+            ("blocks", "Blocks stored or being written.", usage.blocks),
+            (
+                "leaves",
+                "Blocks that could be evicted next: nothing that is stored builds on them.",
+                usage.leaves,
+            ),
+            ("reservations", "Blocks being written.", usage.reservations),
+            ("dropped_payloads", "Payloads of evicted blocks not yet deleted.", usage.dropped),
+        ):
+            yield GaugeMetricFamily(f"reprise_store_{name}", help_, value)
+        for name, key, help_ in (
+            ("lookups", "lookups", "Lookups by workers."),
+            ("lookup_blocks", "asked", "Blocks asked for in lookups."),
+            ("hit_blocks", "found", "Blocks found by lookups."),
+            ("written_blocks", "committed", "Blocks written."),
+            ("reaped_reservations", "reaped", "Blocks whose writer did not finish in time."),
+            ("expired_retentions", "expired", "Time limits of retentions that ended."),
+        ):
+            yield CounterMetricFamily(f"reprise_store_{name}", help_, usage.counts.get(key, 0))
+        for name, help_ in (
+            ("evicted", "Blocks evicted, by reason: room for a write, watermark."),
+            ("quarantined", "Payloads found missing or bad by a reader, by what was wrong."),
+        ):
+            counter = CounterMetricFamily(f"reprise_store_{name}", help_, labels=["reason"])
+            for key, value in usage.counts.items():
+                kind, _, reason = key.partition(":")
+                if kind == name:
+                    counter.add_metric([reason], value)
+            yield counter
