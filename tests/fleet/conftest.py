@@ -11,15 +11,19 @@ import pytest
 
 from services.launch.local_ray import local_ray, ray_environment
 
+CHANNEL_SECRET = b"the secret of the tests in this folder"
+
 # Ray reads some of these when it is imported, which the test modules do.
 os.environ.update(ray_environment())
 os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"  # 10 s by default
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def ray_address() -> Iterator[str]:
     with (
-        tempfile.TemporaryDirectory(prefix="reprise-test-", ignore_cleanup_errors=True) as directory,
-        local_ray(Path(directory)) as address,
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="reprise-test-", dir="/tmp", ignore_cleanup_errors=True) as folder,
     ):
-        yield address
+        patch.setenv("REPRISE_CHANNEL_SECRET", CHANNEL_SECRET.decode())  # what replicas inherit
+        with local_ray(Path(folder)) as address:
+            yield address
