@@ -1,106 +1,23 @@
-"""The Redis Functions against the model in oracle.py, on a real server with a clock that the test turns."""
+"""What the Redis Functions promise, on a real server."""
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
-from hashlib import blake2b
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from hypothesis.stateful import run_state_machine_as_test as run_machine
 from redis import Redis
 
-from services.cache_store.embedded import LocalRedis
 from services.cache_store.functions import (
+    MAX_BLOCKS,
     ROOT,
     SOURCE,
     NewBlock,
     StoreFunctions,
+    Unconfigured,
     owner_digest,
 )
-from tests.cache_store.oracle import LOST, WRITING, Oracle
-
-CLOCK_KEY = "test:clock"
-#: The same functions with Redis' TIME replaced by a list [seconds, microseconds] of the same shape.
-TURNABLE = SOURCE.replace("redis.call('TIME')", f"redis.call('LRANGE', '{CLOCK_KEY}', 0, 1)")
-ALICE, BOB = owner_digest("alice"), owner_digest("bob")
-
-
-def block_hash(name: str) -> bytes:
-    return blake2b(name.encode(), digest_size=16).digest()
-
-
-def chain(name: str, length: int) -> list[bytes]:
-    return [block_hash(f"{name}/{i}") for i in range(length)]
-
-
-def new_blocks(
-    hashes: list[bytes], size: int = 100, owner: bytes = ALICE, **retention: int
-) -> list[NewBlock]:
-    return [
-        NewBlock(hash_, parent, size, owner, **retention)
-        for hash_, parent in zip(hashes, [ROOT, *hashes], strict=False)
-    ]
-
-
-class Store:
-    """StoreFunctions on a flushed server with a clock of its own."""
-
-    def __init__(self, client: Redis, capacity: int = 1000) -> None:
-        client.flushall()
-        client.function_flush()
-        self.client = client
-        self.calls = StoreFunctions(client, source=TURNABLE)
-        self.calls.configure(capacity, replace=True)
-        self.set_clock(1_800_000_000_000)
-
-    def set_clock(self, now_ms: int) -> None:
-        self.now = now_ms
-        pipeline = self.client.pipeline()
-        pipeline.delete(CLOCK_KEY)
-        pipeline.rpush(CLOCK_KEY, now_ms // 1000, now_ms % 1000 * 1000)
-        pipeline.execute()
-
-    def turn_clock(self, ms: int = 1) -> None:
-        self.set_clock(self.now + ms)
-
-    def store(self, hashes: list[bytes], **arguments: object) -> list[str]:
-        """Reserve and commit."""
-        self.turn_clock()
-        reserved = self.calls.reserve(new_blocks(hashes, **arguments), 10_000)  # type: ignore[arg-type]
-        written = [h for h, status in zip(hashes, reserved.statuses, strict=True) if status == "W"]
-        assert all(self.calls.commit(reserved.fence, written))
-        return reserved.statuses
-
-    def records(self) -> dict[bytes, Record]:
-        return {
-            hash_: Record.unpack(packed)
-            for hash_, packed in self.client.hgetall(self.calls.key["blocks"]).items()
-        }
-
-
-@dataclass
-class Record:
-    state: int
-    priority: int
-    readers: int
-    children: int
-    size: int
-    last: int
-    lease: int
-    fence: bytes
-    parent: bytes
-
-    @classmethod
-    def unpack(cls, packed: bytes) -> Record:
-        state, priority, _, _, readers, children, size, last, lease, fence, _, parent = struct.unpack(
-            ">BBBBHII6s6s7s8s16s", packed
-        )
-        last_ms, lease_ms = int.from_bytes(last, "big"), int.from_bytes(lease, "big")
-        return cls(state, priority, readers, children, size, last_ms, lease_ms, fence, parent)
+from tests.cache_store.harness import ALICE, BOB, CLOCK_KEY, Record, Store, chain, new_blocks
+from tests.cache_store.oracle import MAX_RETENTIONS
 
 
 @pytest.fixture
@@ -108,187 +25,318 @@ def store(redis: Redis) -> Store:
     return Store(redis)
 
 
-# ---- the machine: random calls, the server and the model must agree after every one -------------------
-
-#: A tree of 12 blocks: a trunk of two, three branches, and one chain apart.
-PARENTS = [None, 0, 1, 2, 1, 4, 1, 6, 0, None, 9, 10]
-NODES = [block_hash(f"node {i}") for i in range(len(PARENTS))]
+# ---- who may write ------------------------------------------------------------------------------------
 
 
-def path(node: int) -> list[int]:
-    parent = PARENTS[node]
-    return [*(path(parent) if parent is not None else []), node]
+def test_of_two_writers_of_one_block_one_writes_and_the_other_follows(store: Store) -> None:
+    blocks = chain("a", 3)
+    first, second = store.reserve(blocks), store.reserve(blocks)
+    assert first.statuses == ["W", "W", "W"]
+    assert second.statuses == ["F", "F", "F"]
+    assert store.calls.commit(second.fence, blocks) == [False] * 3
+    assert store.calls.commit(first.fence, blocks) == [True] * 3
+    assert store.store(blocks) == "HHH"
 
 
-def blocks_to(node: int, size: int, owner: bytes, priority: int, ttl: int | None) -> list[NewBlock]:
-    hashes = [NODES[i] for i in path(node)]
-    return [
-        NewBlock(hash_, parent, size, owner, priority, ttl)
-        for hash_, parent in zip(hashes, [ROOT, *hashes], strict=False)
-    ]
+def test_a_block_being_written_is_not_found(store: Store) -> None:
+    blocks = chain("a", 3)
+    reserved = store.reserve(blocks)
+    assert store.calls.lookup(blocks, ALICE, 0) == []
+    store.calls.commit(reserved.fence, blocks[:2])
+    assert store.calls.lookup(blocks, ALICE, 0) == [reserved.fence] * 2
 
 
-nodes = st.integers(0, len(PARENTS) - 1)
-owners = st.sampled_from([ALICE, BOB])
-priorities = st.sampled_from([0, 35, 35, 60, 90])
-ttls = st.sampled_from([None, None, 1, 50, 1000])
+def test_a_commit_under_an_old_fence_changes_nothing(store: Store) -> None:
+    blocks = chain("a", 2)
+    slow = store.reserve(blocks, life_ms=50)
+    store.turn_clock(100)
+    quick = store.reserve(blocks)
+    assert quick.statuses == ["W", "W"]
+    assert quick.dropped == [blocks[0] + slow.fence, blocks[1] + slow.fence]
+    before = store.records()
+    assert store.calls.commit(slow.fence, blocks) == [False, False]
+    assert store.calls.abort(slow.fence, blocks) == []
+    assert store.records() == before
+    assert store.calls.commit(quick.fence, blocks) == [True, True]
 
 
-class StoreMachine(RuleBasedStateMachine):
-    client: Redis
-
-    @initialize(capacity=st.sampled_from([500, 700, 900]))
-    def start(self, capacity: int) -> None:
-        self.store = Store(self.client, capacity)
-        self.oracle = Oracle(capacity)
-        self.oracle.now = self.store.now
-        self.pending: list[tuple[bytes, list[bytes]]] = []  # reservations whose writer is alive
-        self.leases: list[tuple[bytes, bytes]] = []
-        self.fences: list[tuple[bytes, bytes]] = []  # every (hash, fence) ever given
-
-    def tick(self, ms: int = 1) -> None:
-        self.store.turn_clock(ms)
-        self.oracle.now = self.store.now
-
-    def try_to_reserve(self, blocks: list[NewBlock], life: int) -> tuple[bytes, list[bytes]]:
-        self.tick()
-        reply = self.store.calls.reserve(blocks, life)
-        assert reply.statuses == self.oracle.reserve(blocks, life, reply)
-        won = [b.hash for b, status in zip(blocks, reply.statuses, strict=True) if status == "W"]
-        self.fences += [(hash_, reply.fence) for hash_ in won]
-        return reply.fence, won
-
-    @rule(node=nodes, owner=owners, priority=priorities, ttl=ttls)
-    def write(self, node: int, owner: bytes, priority: int, ttl: int | None) -> None:
-        fence, won = self.try_to_reserve(blocks_to(node, 100, owner, priority, ttl), 10_000)
-        assert self.store.calls.commit(fence, won) == self.oracle.commit(fence, won)
-
-    @rule(node=nodes, skip=st.integers(0, 2), owner=owners, priority=priorities, ttl=ttls,
-          life=st.sampled_from([5, 100, 10_000]), size=st.sampled_from([100, 250]))  # fmt: skip
-    def reserve(
-        self, node: int, skip: int, owner: bytes, priority: int, ttl: int | None, life: int, size: int
-    ) -> None:
-        blocks = blocks_to(node, size, owner, priority, ttl)
-        self.pending.append(self.try_to_reserve(blocks[skip:] or blocks, life))
-
-    @precondition(lambda self: self.pending)
-    @rule(data=st.data(), keep=st.booleans())
-    def commit_or_a_part_of_it(self, data: st.DataObject, keep: bool) -> None:
-        self.tick()
-        at = data.draw(st.integers(0, len(self.pending) - 1))
-        fence, hashes = self.pending[at] if keep else self.pending.pop(at)
-        some = hashes[: data.draw(st.integers(0, len(hashes)))]
-        assert self.store.calls.commit(fence, some) == self.oracle.commit(fence, some)
-
-    @precondition(lambda self: self.pending)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        self.tick()
-        fence, hashes = self.pending.pop(data.draw(st.integers(0, len(self.pending) - 1)))
-        self.store.calls.abort(fence, hashes)
-        self.oracle.abort(fence, hashes)
-
-    @precondition(lambda self: self.pending)
-    @rule()
-    def a_writer_dies(self) -> None:
-        self.pending.clear()
-
-    @rule(node=nodes, owner=owners, lease=st.sampled_from([0, 20, 500]))
-    def lookup(self, node: int, owner: bytes, lease: int) -> None:
-        self.tick()
-        hashes = [NODES[i] for i in path(node)]
-        assert self.store.calls.peek(hashes) == len(self.oracle.run(hashes))
-        fences = self.store.calls.lookup(hashes, owner, lease)
-        assert fences == self.oracle.lookup(hashes, owner, lease)
-        if fences and lease:
-            self.leases.append((hashes[len(fences) - 1], fences[-1]))
-
-    @precondition(lambda self: self.leases)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        self.tick()
-        lease = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
-        self.store.calls.release(*lease)
-        self.oracle.release(*lease)
-
-    @rule(total=st.sampled_from([0, 300, 500, 700]))
-    def evict(self, total: int) -> None:
-        self.tick()
-        dropped, left, more = self.store.calls.evict(total)
-        self.oracle.evict(total, dropped)
-        assert (left, more) == (self.oracle.total(), False)
-
-    @precondition(lambda self: self.fences)
-    @rule(data=st.data())
-    def a_reader_finds_a_bad_payload(self, data: st.DataObject) -> None:
-        self.tick()
-        hash_, fence = data.draw(st.sampled_from(self.fences))
-        self.store.calls.quarantine(hash_, fence, "crc")
-        self.oracle.quarantine(hash_, fence)
-
-    @rule(node=nodes, owner=owners, priority=priorities, ttl=ttls)
-    def retain(self, node: int, owner: bytes, priority: int, ttl: int | None) -> None:
-        self.tick()
-        hashes = [NODES[i] for i in path(node)]
-        known = self.store.calls.retain(hashes, owner, priority, ttl)
-        assert known == self.oracle.retain(hashes, owner, priority, ttl)
-
-    @rule(ms=st.sampled_from([3, 40, 200, 2000]))
-    def time_passes(self, ms: int) -> None:
-        self.tick(ms)
-
-    @rule()
-    def upkeep(self) -> None:
-        self.tick()
-        self.store.calls.upkeep(100)
-        self.oracle.upkeep()
-
-    @invariant()
-    def server_and_model_agree(self) -> None:
-        if not hasattr(self, "store"):
-            return
-        records, oracle, key = self.store.records(), self.oracle, self.store.calls.key
-        assert records.keys() == oracle.blocks.keys()
-        for hash_, record in records.items():
-            block = oracle.blocks[hash_]
-            assert (record.state, record.size, record.parent) == (block.state, block.size, block.parent)
-            assert (record.lease, record.readers, record.fence) == (block.lease, block.readers, block.fence)
-            assert record.children == len(oracle.children(block))
-            assert record.parent == ROOT or record.parent in records
-            assert record.children or record.state != LOST
-            assert oracle.overdue(block) or record.priority == oracle.priority(block)
-        leaves = {block.hash: block for block in oracle.blocks.values() if oracle.is_leaf(block)}
-        scores = dict(self.client.zrange(key["leaves"], 0, -1, withscores=True))
-        assert scores.keys() == leaves.keys()
-        for hash_, score in scores.items():
-            assert score == records[hash_].priority * 2**42 + leaves[hash_].last
-        assert dict(self.client.zrange(key["writing"], 0, -1, withscores=True)) == {
-            block.hash: block.deadline for block in oracle.blocks.values() if block.state == WRITING
-        }
-        assert self.client.smembers(key["dropped"]) == oracle.dropped
-        usage = self.store.calls.usage()
-        assert usage.total == oracle.total() <= oracle.capacity
-        assert usage.owners == {
-            owner: size
-            for owner in (ALICE, BOB)
-            if (size := sum(block.size for block in oracle.blocks.values() if block.owner == owner))
-        }
-        retained = {block.hash for block in oracle.blocks.values() if block.retentions}
-        assert set(self.client.hkeys(key["retained"])) == retained
-        assert set(self.client.zrange(key["expiring"], 0, -1)) <= retained
+def test_a_commit_may_be_repeated_because_its_answer_can_get_lost(store: Store) -> None:
+    blocks = chain("a", 2)
+    reserved = store.reserve(blocks)
+    assert store.calls.commit(reserved.fence, blocks) == [True, True]
+    assert store.calls.commit(reserved.fence, blocks) == [True, True]
+    assert store.calls.usage().counts["committed"] == 2
 
 
-def test_any_sequence_of_calls_keeps_the_invariants_and_agrees_with_the_model(any_server: LocalRedis) -> None:
-    with Redis.from_url(any_server.socket_url) as client:
-        machine = type("Machine", (StoreMachine,), {"client": client})
-        run_machine(
-            machine,
-            settings=settings(
-                max_examples=100,
-                stateful_step_count=50,
-                deadline=None,
-                phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
-                report_multiple_bugs=False,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+@pytest.mark.parametrize("committed", [0, 1, 2, 3])
+def test_a_writer_that_dies_between_two_calls_leaves_nothing_behind_after_its_deadline(
+    store: Store, committed: int
+) -> None:
+    blocks = chain("a", 4)
+    reserved = store.reserve(blocks, life_ms=1000)
+    store.calls.commit(reserved.fence, blocks[:committed])
+    store.turn_clock(999)
+    assert store.calls.upkeep(100)[0] == 0
+    store.turn_clock(1)
+    reaped, _, dropped = store.calls.upkeep(100)
+    assert reaped == 4 - committed
+    assert set(dropped) == {block + reserved.fence for block in blocks[committed:]}
+    assert store.length(blocks) == committed
+    usage = store.calls.usage()
+    assert (usage.blocks, usage.total, usage.reservations) == (committed, 100 * committed, 0)
+
+
+def test_a_block_whose_parent_is_not_stored_is_refused(store: Store) -> None:
+    blocks = chain("a", 3)
+    reserved = store.calls.reserve(new_blocks(blocks)[1:], 1000)
+    assert reserved.statuses == ["O", "O"]
+    assert store.calls.usage().total == 0
+
+
+def test_a_bad_payload_hides_its_block_and_all_that_follows_until_it_is_written_again(store: Store) -> None:
+    blocks = chain("a", 5)
+    store.store(blocks)
+    fences = store.calls.lookup(blocks, ALICE, 0)
+    assert store.calls.quarantine(blocks[2], fences[2], "crc") == [blocks[2] + fences[2]]
+    assert store.length(blocks) == 2
+    assert store.calls.usage().counts["quarantined:crc"] == 1
+    assert store.calls.usage().total == 400
+    assert store.calls.quarantine(blocks[2], fences[2], "crc") == [], "a second reader is too late"
+    assert store.store(blocks) == "HHWHH"
+    assert store.length(blocks) == 5
+
+
+# ---- time -----------------------------------------------------------------------------------------------
+
+
+def test_time_comes_from_redis_and_not_from_workers(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = StoreFunctions(redis)
+    calls.configure(1000)
+    monkeypatch.setattr("time.time", lambda: 1.0)
+    blocks = chain("a", 1)
+    before = server_time_ms(redis)
+    calls.commit(calls.reserve(new_blocks(blocks), 1000).fence, blocks)
+    after = server_time_ms(redis)
+    packed = redis.hget(calls.key["blocks"], blocks[0])
+    assert before <= Record.unpack(packed).last <= after
+
+
+def server_time_ms(redis: Redis) -> int:
+    seconds, microseconds = redis.time()
+    return seconds * 1000 + microseconds // 1000
+
+
+def test_fences_never_repeat_even_after_the_store_was_emptied(store: Store) -> None:
+    fences = [store.reserve(chain(f"{i}", 1)).fence for i in range(3)]
+    store.client.flushall()
+    store.calls.configure(1000)
+    store.turn_clock(2000)
+    fences.append(store.reserve(chain("a", 1)).fence)
+    assert fences == sorted(set(fences))
+
+
+# ---- leases ---------------------------------------------------------------------------------------------
+
+
+def test_a_leased_run_outlives_everything_else_until_it_is_released(store: Store) -> None:
+    blocks, others = chain("a", 3), chain("b", 3)
+    store.store(blocks)
+    store.store(others)
+    store.turn_clock()
+    fences = store.calls.lookup(blocks, ALICE, 10_000)
+    store.turn_clock()
+    store.calls.lookup(others, ALICE, 0)  # used later than the leased ones
+    assert store.calls.evict(0)[1] == 300
+    assert store.length(blocks) == 3
+    store.calls.release(blocks[-1], fences[-1])
+    assert store.calls.evict(0)[1] == 0
+
+
+def test_a_lease_ends_by_itself_after_30_seconds_at_most(store: Store) -> None:
+    blocks = chain("a", 3)
+    store.store(blocks)
+    store.calls.lookup(blocks, ALICE, 1_000_000)
+    store.turn_clock(29_999)
+    assert store.calls.evict(0)[1] == 300
+    store.turn_clock(1)
+    assert store.calls.evict(0)[1] == 0
+
+
+def test_one_reader_s_release_does_not_end_another_s_lease(store: Store) -> None:
+    blocks = chain("a", 2)
+    store.store(blocks)
+    fences = store.calls.lookup(blocks, ALICE, 10_000)
+    store.calls.lookup(blocks, BOB, 10_000)
+    store.calls.release(blocks[-1], fences[-1])
+    assert store.calls.evict(0)[1] == 200
+    store.calls.release(blocks[-1], fences[-1])
+    assert store.calls.evict(0)[1] == 0
+
+
+# ---- what is kept ---------------------------------------------------------------------------------------
+
+
+def test_leaves_go_first_and_the_least_recently_used_of_them(store: Store) -> None:
+    old, new = chain("old", 3), chain("new", 3)
+    store.store(old)
+    store.store(new)
+    store.turn_clock()
+    store.calls.lookup(old[:2], ALICE, 0)  # its first two blocks are now the newest
+    order = [name[:16] for _ in range(6) for name in store.calls.evict(store.calls.usage().total - 1)[0]]
+    assert order == [old[2], *reversed(new), *reversed(old[:2])]
+
+
+def test_a_block_never_pushes_out_one_of_higher_priority(store: Store) -> None:
+    precious = chain("precious", 10)
+    assert store.store(precious, priority=90) == "W" * 10
+    assert store.store(chain("plain", 1)) == "N"
+    assert store.length(precious) == 10
+    assert store.store(chain("equal", 1), priority=90) == "W"
+    assert store.length(precious) == 9
+
+
+def test_a_reservation_never_evicts_the_prefix_that_it_extends(store: Store) -> None:
+    blocks = chain("a", 12)
+    assert store.store(blocks[:10]) == "W" * 10
+    reserved = store.reserve(blocks)
+    assert reserved.statuses == ["H"] * 10 + ["N", "O"]
+    assert store.length(blocks) == 10
+
+
+def test_a_call_evicts_at_most_64_blocks_and_says_that_more_is_possible(store: Store) -> None:
+    for i in range(100):
+        store.store(chain(f"{i}", 1), size=10)
+    reserved = store.reserve(chain("big", 1), size=900)
+    assert (reserved.statuses, len(reserved.dropped), reserved.more_room) == (["N"], 65, True)
+    reserved = store.reserve(chain("big", 1), size=900)
+    assert (reserved.statuses, reserved.more_room) == (["W"], False)
+    dropped, total, more = store.calls.evict(0)
+    assert (len(dropped), total, more) == (100 - 64 - 26, 900, False)
+
+
+def test_the_total_never_exceeds_the_capacity(store: Store) -> None:
+    for i in range(200):
+        store.store(chain(f"{i}", 3), size=70)
+        assert store.calls.usage().total <= 1000
+
+
+def test_the_highest_live_priority_counts_and_a_use_at_a_lower_one_never_demotes(store: Store) -> None:
+    (block,) = chain("a", 1)
+    store.store([block], owner=ALICE, priority=80)
+    for owner, priority in ((BOB, 10), (ALICE, 10), (ALICE, 35), (BOB, 0)):
+        store.store([block], owner=owner, priority=priority)
+        store.calls.retain([block], owner, priority, None)
+        store.calls.lookup([block], owner, 0)
+        assert store.records()[block].priority == 80
+    store.calls.retain([block], BOB, 90, None)
+    assert store.records()[block].priority == 90
+
+
+def test_a_low_priority_applies_only_while_nobody_wants_more(store: Store) -> None:
+    (block,) = chain("a", 1)
+    store.store([block], owner=ALICE, priority=5)
+    assert store.records()[block].priority == 5
+    store.store([block], owner=BOB)  # the default, for good
+    assert store.records()[block].priority == 35
+
+
+def test_a_priority_falls_back_and_the_order_with_it_when_its_time_is_over(store: Store) -> None:
+    kept, plain = chain("kept", 1), chain("plain", 1)
+    store.store(kept, priority=90, ttl_ms=1000)
+    store.store(plain)
+    store.turn_clock(997)
+    assert store.calls.upkeep(10)[1] == 0
+    assert store.records()[kept[0]].priority == 90
+    store.turn_clock(3)
+    assert store.calls.upkeep(10)[1] == 1
+    assert store.records()[kept[0]].priority == 35
+    assert [name[:16] for name in store.calls.evict(100)[0]] == kept, "it is the older of two equals now"
+
+
+def test_a_use_by_the_owner_starts_the_time_anew_and_nobody_ends_or_extends_it(store: Store) -> None:
+    (block,) = chain("a", 1)
+    store.store([block], owner=ALICE, priority=90, ttl_ms=1000)
+    store.turn_clock(600)
+    store.calls.lookup([block], ALICE, 0)
+    store.turn_clock(600)
+    store.calls.upkeep(10)
+    assert store.records()[block].priority == 90, "600 ms after the owner's use"
+    store.calls.lookup([block], BOB, 0)
+    store.store([block], owner=BOB)  # a millisecond
+    store.turn_clock(398)
+    store.calls.upkeep(10)
+    assert store.records()[block].priority == 90, "999 ms after it"
+    store.turn_clock(1)
+    store.calls.upkeep(10)
+    assert store.records()[block].priority == 35, "a use by another neither cancelled nor extended it"
+
+
+def test_of_too_many_retentions_the_strongest_are_kept(store: Store) -> None:
+    (block,) = chain("a", 1)
+    store.store([block])
+    for i in range(3 * MAX_RETENTIONS):
+        store.calls.retain([block], owner_digest(f"tenant {i}"), 40 + i, 1000)
+    assert len(store.client.hget(store.calls.key["retained"], block)) == 21 * MAX_RETENTIONS
+    assert store.records()[block].priority == 40 + 3 * MAX_RETENTIONS - 1
+
+
+# ---- the library ----------------------------------------------------------------------------------------
+
+
+def test_functions_are_loaded_when_the_server_has_lost_them(store: Store) -> None:
+    store.client.function_flush()
+    assert store.store(chain("a", 2)) == "WW"
+
+
+def test_two_releases_live_side_by_side(redis: Redis) -> None:
+    old, new = StoreFunctions(redis), StoreFunctions(redis, source=SOURCE + "\n-- a later release\n")
+    old.configure(1000)
+    blocks = chain("a", 2)
+    for _ in range(2):
+        for calls in (old, new):
+            calls.commit(calls.reserve(new_blocks(blocks), 1000).fence, blocks)
+            assert calls.peek(blocks) == 2
+    assert len(redis.function_list()) == 2
+
+
+def test_all_that_the_functions_touch_is_declared_and_in_one_cluster_slot(store: Store) -> None:
+    store.store(chain("a", 3), priority=80, ttl_ms=1000)
+    store.calls.evict(200)
+    touched = set(store.client.keys()) - {CLOCK_KEY.encode()}
+    assert touched <= set(store.calls.key.values())
+    assert all(b":{s0}:" in key for key in touched)
+
+
+def test_a_store_without_a_capacity_refuses_and_says_why(redis: Redis) -> None:
+    with pytest.raises(Unconfigured, match="no capacity"):
+        StoreFunctions(redis).reserve(new_blocks(chain("a", 1)), 1000)
+
+
+def test_attach_sets_a_capacity_only_where_none_is_and_names_the_contents(redis: Redis) -> None:
+    calls = StoreFunctions(redis)
+    identity = calls.attach(500)
+    assert calls.attach(900) == identity
+    assert calls.usage().capacity == 500
+    redis.flushall()
+    assert calls.attach(900) != identity
+    assert calls.usage().capacity == 900
+
+
+def test_peek_and_lookup_of_nothing_are_nothing(store: Store) -> None:
+    assert (store.calls.peek([]), store.calls.lookup([], ALICE, 0)) == (0, [])
+    assert store.calls.reserve([], 1000).statuses == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda calls: calls.peek([bytes(16)] * (MAX_BLOCKS + 1)), "at most 1024 blocks in a call, got 1025"),
+        (lambda calls: calls.retain([bytes(16)], ALICE, 101, None), "priority must be 0 to 100, got 101"),
+        (lambda calls: calls.configure(0), "capacity must be positive, got 0"),
+        (lambda calls: NewBlock(bytes(16), ROOT, 1 << 32, ALICE), "size must be 0 to 4294967295 bytes, got"),
+        (lambda calls: NewBlock(bytes(16), ROOT, 1, ALICE, priority=-1), "priority must be 0 to 100, got -1"),
+    ],
+)
+def test_what_the_functions_cannot_take_is_refused_by_name(store: Store, call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(store.calls)
