@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from services.cache_store.embedded import LocalRedis, RedisUnavailable, find_or_start_redis, public_url
 from services.launch.checks import StartError, check_model, check_port
@@ -53,9 +52,10 @@ async def run(options: Options) -> None:
                 redis_url, redis = find_or_start_redis(max_memory=REDIS_BYTES)
             except RedisUnavailable as error:
                 raise StartError(str(error)) from error
+            _say(f"Redis at {public_url(redis_url)}{', started for this run' if redis else ''}")
             if redis:
                 supervisor.adopt(Child("Redis", redis.process, redis.directory / "log"))
-            _say(f"Redis at {public_url(redis_url)}{', started for this run' if redis else ''}")
+                redis_url = redis.socket_url
             await _serve(options, supervisor, redis_url)
     except ChildExited as error:
         raise ChildExited(f"{error}\nlogs: {directory}") from error
@@ -74,20 +74,27 @@ async def _serve(options: Options, supervisor: Supervisor, redis_url: str) -> No
         **ray_environment(),
         "REPRISE_CHANNEL_SECRET": os.environ.get("REPRISE_CHANNEL_SECRET") or secrets.token_hex(32),
     }
-    args = {"replicas": options.workers, "worker": {"model": str(options.model.resolve())}}
 
-    _say("starting Ray")
-    host = supervisor.start(
+    _say("starting Ray and the cache store")
+    worker = {"model": str(options.model.resolve()), "redis_url": redis_url, "store_bytes": STORE_BYTES}
+    workers = supervisor.start(
         "workers",
         "services.launch.ray_host",
         str(supervisor.logs / "ray"),
-        json.dumps(args),
+        json.dumps({"replicas": options.workers, "worker": worker}),
         environment=environment,
         piped=True,
     )
-    ray_address = (await supervisor.watch(_hear(host)))[RAY_ADDRESS]
+    store = supervisor.start(
+        "cache store",
+        "services.cache_store",
+        *("--redis", redis_url, "--capacity", str(STORE_BYTES)),
+        environment=environment,
+        piped=True,
+    )
+    ray_address = json.loads(await supervisor.watch(_line(workers)))[RAY_ADDRESS]
 
-    _say(f"starting {options.workers} workers and the router; {options.model.name} is being loaded")
+    _say(f"starting {options.workers} workers, which load {options.model.name}, and the router")
     supervisor.start(
         "router",
         "services.router",
@@ -95,22 +102,24 @@ async def _serve(options: Options, supervisor: Supervisor, redis_url: str) -> No
         *("--fleet", "ray"),
         environment={**environment, "RAY_ADDRESS": ray_address},
     )
-    worker_metrics = (await supervisor.watch(_hear(host)))[METRICS]
+    metrics = {
+        "router": [f"{router_url}/metrics"],
+        "cache store": [(await supervisor.watch(_line(store))).split()[-1]],
+        "worker": json.loads(await supervisor.watch(_line(workers)))[METRICS],
+    }
     await supervisor.watch(wait_for_workers(router_url, options.workers))
 
-    metrics = {"router": [f"{router_url}/metrics"], "worker": worker_metrics}
     print(banner(router_url, metrics, supervisor.logs), flush=True)
     await supervisor.watch(asyncio.Event().wait())
 
 
-async def _hear(child: Child) -> dict[str, Any]:
+async def _line(child: Child) -> str:
     """The next line that a piped child tells us."""
     assert child.process.stdout is not None
     line = await asyncio.to_thread(child.process.stdout.readline)
     if not line:
         await asyncio.Event().wait()  # it has ended, which is not for us to report
-    news: dict[str, Any] = json.loads(line)
-    return news
+    return line.decode()
 
 
 def _say(progress: str) -> None:

@@ -9,6 +9,7 @@ or the same as `import_path` and `args` of a Serve config file. Routers belong i
 of all in this one: deploying an application replaces all of its deployments.
 """
 
+import logging
 import os
 from typing import Any
 
@@ -40,6 +41,7 @@ class WorkerReplica:
         from services.worker.config import EngineConfig
         from services.worker.process import Worker, WorkerConfig
 
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self.host = ray.util.get_node_ip_address()
         settings = {
             "name": f"worker-{serve.get_replica_context().replica_id.unique_id}",

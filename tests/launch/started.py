@@ -38,12 +38,14 @@ class Started:
             self.process.terminate()
         self.process.communicate(timeout=60)
 
-    def line_with(self, words: str) -> str:
-        """The next line of its output that holds `words`; fails the test if it ends before."""
+    def lines_to(self, words: str) -> str:
+        """What it says up to the line that holds `words`; fails the test if it ends before."""
         assert self.process.stdout is not None
+        lines = []
         for line in self.process.stdout:
+            lines.append(line)
             if words in line:
-                return line
+                return "".join(lines)
         raise AssertionError(f"ended without {words!r}: {self.process.communicate()[1]}")
 
     def processes(self) -> list[psutil.Process]:
@@ -54,11 +56,11 @@ class Started:
 
     def left(self) -> list[psutil.Process]:
         """Which of the processes that were seen still run."""
-        return [
-            process
-            for process in self._seen
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        ]
+        return [process for process in self._seen if _command(process)]
+
+    def part(self, words: str) -> psutil.Process | None:
+        """A process of it whose command line holds `words`, if there is one yet."""
+        return next((process for process in self.processes() if words in _command(process)), None)
 
     def stop(self, number: signal.Signals) -> tuple[int, str]:
         """Send it a signal; exit code and stderr."""
@@ -70,6 +72,14 @@ class Started:
         """Exit code and stderr, once it has ended."""
         _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
+
+
+def _command(process: psutil.Process) -> str:
+    """Its command line, empty when it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie's is empty
+        return ""
 
 
 def free_port() -> int:

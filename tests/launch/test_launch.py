@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -60,7 +61,21 @@ def test_a_number_of_workers_that_makes_no_sense_is_refused(workers: str) -> Non
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_signal_in_the_middle_of_starting_stops_everything(number: signal.Signals) -> None:
     with Started("--model", str(DEMO_MODEL), "--port", str(free_port())) as started:
-        # Redis, the process that hosts Ray, and the first of Ray's own.
-        await until(lambda: len(started.processes()) >= 4, timeout_s=30)
+        await until(lambda: started.part("gcs_server"), timeout_s=30)  # of Ray's processes the first
+        assert started.part("-server 127.0.0.1:")  # Redis, or Valkey
         assert started.stop(number) == (0, "")
         assert started.left() == []
+
+
+async def test_a_part_that_dies_is_named_and_takes_the_others_with_it() -> None:
+    with Started("--model", str(DEMO_MODEL), "--port", str(free_port())) as started:
+        started.lines_to("starting Ray and the cache store")
+        await until(lambda: started.part("services.cache_store"))
+        started.part("services.cache_store").kill()
+        code, errors = started.end()
+        assert code == 1
+        assert errors.startswith("reprise: cache store stopped (signal SIGKILL)\n")
+        assert started.left() == []
+    logs = Path(errors.splitlines()[-1].removeprefix("logs: "))
+    assert (logs / "cache-store.log").exists()
+    shutil.rmtree(logs)

@@ -1,0 +1,63 @@
+"""What a stranger does: start everything with one command, ask, stop."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import socket
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.launch.started import DEMO_MODEL, Started, free_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+
+def fetch(url: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> bytes:
+    request = urllib.request.Request(url, data=body, headers=headers or {})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        content: bytes = answer.read()
+        return content
+
+
+def test_the_banner_tells_the_truth_and_ctrl_c_stops_everything() -> None:
+    port = free_port()
+    with Started("--model", str(DEMO_MODEL), "--workers", "2", "--port", str(port)) as started:
+        banner = started.lines_to("Ctrl-C")
+
+        # The request, word for word as a shell would read it.
+        command = re.search(r"curl (.*?-d '.*?')$", banner, re.DOTALL | re.MULTILINE)
+        assert command
+        url, _, header, _, body = shlex.split(command[1].replace("\\\n", ""))
+        name, _, value = header.partition(": ")
+        answer = json.loads(fetch(url, body.encode(), {name: value}))
+        assert answer["choices"][0]["message"]["content"]
+        assert answer["usage"]["completion_tokens"] > 0
+
+        metrics = dict(re.findall(r"^  ([a-z ]+) metrics +(.*)$", banner, re.MULTILINE))
+        assert b"reprise_router_" in fetch(metrics["router"])
+        assert b"reprise_store_" in fetch(metrics["cache store"])
+        workers = metrics["worker"].split()
+        assert len(set(workers)) == 2
+        generated = [
+            float(line.split()[-1])
+            for worker in workers
+            for line in fetch(worker).decode().splitlines()
+            if line.startswith("vllm:generation_tokens_total{")
+        ]
+        assert sum(generated) == answer["usage"]["completion_tokens"]
+
+        for part in ("services.router", "services.cache_store", "ray::ServeReplica:reprise:Worker"):
+            assert started.part(part)
+        logs = re.search(r"^  logs +(.*)$", banner, re.MULTILINE)
+
+        assert started.stop(signal.SIGINT) == (0, "")
+        assert started.left() == []
+        assert logs
+        assert not Path(logs[1]).exists()
+        with socket.create_server(("127.0.0.1", port)):
+            pass  # the port is free again
