@@ -1,6 +1,8 @@
 """The engine: continuous batching over paged KV, its channel server, its Ray Serve deployment.
 
-`request` is what goes in and comes out, `scheduler` and `pages` are the pure core, `runner` executes a step
-on the device, `engine` ties them into plan -> launch -> commit, `server` speaks the token channel,
-`deployment` is the same server as a Ray Serve replica.
+`request` is what goes in and comes out. The pure core: `policy` and `pages` keep the books of KV memory,
+`scheduler` decides a step (`plan`), `commit` says what its tokens mean. The device: `tables` and `runner`
+execute a plan with a decoder of `models` on the memory of `kv`. `engine` ties them into plan -> launch ->
+commit on one thread, `inbox` is its door, `store_traffic` moves blocks beside it. `server` speaks the token
+channel, `process` is a whole worker, `deployment` the same as a Ray Serve replica.
 """

@@ -245,7 +245,7 @@ class Engine:
         self.counters.failed_steps += len(plans)
         members = dict.fromkeys(sequence for plan in plans for sequence in plan.members)
         outputs = self._end(members, "error", f"the step failed: {_describe(error)}")
-        for plan in plans:
+        for plan in reversed(plans):  # the latest first: what it says of a slot holds
             self._scheduler.undo(plan, self._turned_s)
         return outputs
 

@@ -107,6 +107,7 @@ class PagePool:
 
     def register(self, page: int, hash: bytes, parent: bytes) -> None:
         """Name a referenced page; `hash` must not be held yet."""
+        assert hash not in self._page_of, "a block has one page"
         self._hash_of[page] = hash
         self._page_of[hash] = page
         self._policy.insert(hash, parent)

@@ -14,6 +14,7 @@ last sequence in order gives its pages back and waits: its full blocks stay cach
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from itertools import count
@@ -86,7 +87,7 @@ class Scheduler:
     def undo(self, plan: StepPlan, now: float) -> None:
         """The step failed and its own sequences are released: no block that it was to fill may be read, and
         what it was to tell the tables is told by the next step. Other sequences that share such a block
-        start over."""
+        start over. Of several failed steps, undo the latest first."""
         wrong = set()
         for block in plan.filled:
             if self.pool.lookup(block.hash) == block.page:
@@ -112,11 +113,10 @@ class Scheduler:
                 sequence.length += 1
         budget = self.limits.max_step_tokens - len(plan.decodes)
         for sequence in self._prefill.copy():
+            budget = self._admit(budget, plan, now, above=sequence.request.priority)
             if budget:
                 budget -= self._plan_chunk(sequence, budget, plan, now)
-        while budget and (admitted := self._admit_next(now)) is not None:
-            if admitted.phase is Phase.PREFILL:
-                budget -= self._plan_chunk(admitted, budget, plan, now)
+        self._admit(budget, plan, now)
         if not plan.decodes and not plan.chunks:
             return None
         plan.placed, self._placed = self._placed, {}
@@ -167,24 +167,35 @@ class Scheduler:
 
     # ---- planning
 
+    def _admit(self, budget: int, plan: StepPlan, now: float, above: float = -math.inf) -> int:
+        """Admit sequences of a priority above `above` and plan their first chunks; returns what is left of
+        the budget."""
+        while budget and (admitted := self._admit_next(now, above)) is not None:
+            if admitted.phase is Phase.PREFILL:
+                budget -= self._plan_chunk(admitted, budget, plan, now)
+        return budget
+
     def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, now: float) -> int:
         """Plan up to `budget` tokens of a prefill; returns how many."""
         self._take_held_blocks(sequence, now)
         # A prompt that is held to its last token still computes that one: its logits are needed.
         start = min(sequence.computed, sequence.length - 1)
-        length = min(budget, sequence.length - start)
-        end = start + length
-        samples = end == sequence.length
-        plan.chunks.append(Chunk(sequence, start, length, sequence.computed, samples))
+        end = start + min(budget, sequence.length - start)
         for index in range(sequence.computed // self._block_size, end // self._block_size):
+            if self.pool.lookup(sequence.hashes[index]) is not None:
+                # Left over from below a failed step's blocks: not to be written, the next chunk takes it.
+                end = index * self._block_size
+                break
             plan.filled.append(self._register(sequence, index))
+        samples = end == sequence.length
+        plan.chunks.append(Chunk(sequence, start, end - start, sequence.computed, samples))
         self._advance(sequence, end)
         if samples:
             sequence.length += 1
             sequence.phase = Phase.DECODE
             self._prefill.remove(sequence)
             self._decode[sequence] = None
-        return length
+        return end - start
 
     def _take_held_blocks(self, sequence: Sequence, now: float) -> None:
         """Share the pages of blocks that others computed meanwhile, or plan to."""
@@ -194,11 +205,13 @@ class Scheduler:
             index += 1
         sequence.gpu_tokens += self._advance(sequence, index * self._block_size)
 
-    def _admit_next(self, now: float) -> Sequence | None:
+    def _admit_next(self, now: float, above: float) -> Sequence | None:
         """Give the first waiting sequence its slot and pages, if both suffice."""
         if not self._free_slots:
             return None
         for place, sequence in enumerate(self._waiting):
+            if sequence.request.priority <= above:
+                return None
             if sequence.awaits in self._loading or sequence.in_flight:
                 continue  # the store is filling its next block; or a step still computes its last token
             sequence.name_full_blocks()

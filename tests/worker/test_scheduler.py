@@ -126,14 +126,14 @@ def test_higher_priority_is_admitted_first_then_earlier_arrival_then_earlier_sub
     assert [key for key, _, _ in chunks(bench.step())] == ["urgent", "early", "same", "late"]
 
 
-def test_an_admitted_prefill_of_higher_priority_goes_on_before_others() -> None:
+def test_a_waiting_prompt_of_higher_priority_goes_before_an_admitted_one() -> None:
     bench = Bench(budget=64)
-    bench.add(make_request("plain", prompt(200, 1)))
+    bench.add(make_request("plain", prompt(200, 1), arrival_s=1.0))
     bench.step()
-    bench.add(make_request("urgent", prompt(30, 2), priority=1))
-    bench.step()
-    bench.add(make_request("more urgent", prompt(100, 3), priority=2))
-    assert chunks(bench.plan())[0][0] == "plain", "what is admitted is not interrupted"
+    bench.add(make_request("equal", prompt(100, 2), arrival_s=0.0))
+    bench.add(make_request("urgent", prompt(100, 3), arrival_s=2.0, priority=1))
+    assert chunks(bench.step()) == [("urgent", 0, 64)]
+    assert chunks(bench.step()) == [("urgent", 64, 36), ("plain", 64, 28)]
 
 
 def test_no_more_sequences_run_than_allowed() -> None:
@@ -400,6 +400,27 @@ def test_a_failed_step_takes_its_block_names_back_and_sharers_start_over() -> No
     assert chunks(bench.step())[0][1] == 0, "it computes the whole prompt itself"
 
 
+def test_blocks_loaded_below_those_of_a_failed_step_are_found_again() -> None:
+    loader = Loader()
+    loader.helps = False
+    bench = Bench(budget=200, loader=loader)
+    doomed = bench.add(make_request("doomed", prompt(64)))
+    plan = bench.plan()
+    loader.helps = True
+    loading = bench.add(make_request("loading", prompt(100)))
+    later = bench.plan()
+    del loader.active[loading]
+    bench.scheduler.loaded(loading, 1, 0.0)  # block 4, while the step that fills blocks 0 to 3 runs
+    end(bench.scheduler, doomed, "error", 0.0, bench.counters)
+    for failed in (later, plan):
+        bench.scheduler.undo(failed, 0.0)
+    bench.steps.clear()
+    loader.helps = False
+    assert chunks(bench.step()) == [("loading", 0, 64)], "up to the block that is still there"
+    assert chunks(bench.step()) == [("loading", 80, 20)]
+    bench.pool.check()
+
+
 def test_what_a_failed_step_was_to_tell_the_tables_is_told_by_the_next() -> None:
     loader = Loader()
     bench = Bench(loader=loader, budget=200)
@@ -564,6 +585,17 @@ class Chaos:
                 self.end(sequence, "error")
             self.bench.scheduler.undo(plan, self.bench.now)
 
+    def fail_late(self, a: int, b: int) -> None:
+        """The oldest step under way raises when its result is asked for, and takes the later ones along."""
+        plans = list(self.bench.steps)
+        self.bench.steps.clear()
+        for plan in plans:
+            for sequence in plan.members:
+                if sequence.phase is not Phase.FINISHED:
+                    self.end(sequence, "error")
+        for plan in reversed(plans):
+            self.bench.scheduler.undo(plan, self.bench.now)
+
     def end(self, sequence: Sequence, reason: FinishReason) -> None:
         end(self.bench.scheduler, sequence, reason, self.bench.now, self.bench.counters)
         self.finishes[sequence.request.key] += 1
@@ -615,7 +647,9 @@ class Chaos:
                 assert sequence.pages[: len(named)] == named, "it holds the pages that carry the names"
 
 
-_KINDS = ["submit"] * 4 + ["run"] * 3 + ["step", "cancel", "load", "load", "switch_store", "fail"]
+_KINDS = (
+    ["submit"] * 4 + ["run"] * 3 + ["step", "cancel", "load", "load", "switch_store", "fail", "fail_late"]
+)
 
 operations = st.lists(
     st.tuples(st.sampled_from(_KINDS), st.integers(0, 40), st.integers(0, 100)), min_size=20, max_size=80
