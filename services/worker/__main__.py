@@ -115,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-running", type=int, default=16, help="sequences in one step (default %(default)s)")
     add("--max-step-tokens", type=int, default=512, help="tokens computed in one step (default %(default)s)")
     add("--max-model-len", type=int, help="prompt and generated tokens; by default the model's own limit")
+    add("--redis", metavar="URL", help="the shared cache store; by default none")
+    add("--store-capacity", type=_size, metavar="SIZE", help="of the whole store, where none is set yet")
     add("--drain-timeout", type=float, default=120.0, metavar="S", help="seconds (default %(default)g)")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser
@@ -139,6 +141,8 @@ def _config(options: argparse.Namespace) -> WorkerConfig:
         device=options.device,
         dtype=options.dtype,
         threads=options.threads,
+        redis_url=options.redis,
+        store_bytes=options.store_capacity,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
@@ -71,3 +71,21 @@ class EngineCollector(Collector):
             family.add_metric(values, value)
             families.append(family)
         return families
+
+
+class StoreCollector(Collector):
+    """The store tier's own counters, by name, read when scraped."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, int]], labels: dict[str, str]) -> None:
+        self._counts = counts
+        self._labels = labels
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(
+            "reprise_store_tier",
+            "What this worker did with the store: loads, written:stored, quarantined:…, errors, …",
+            labels=[*self._labels, "what"],
+        )
+        for what, count in self._counts().items():
+            family.add_metric([*self._labels.values(), what], count)
+        return [family]

@@ -18,6 +18,9 @@ from prometheus_client.exposition import ThreadingWSGIServer
 
 log = logging.getLogger(__name__)
 
+#: How long `stop` may wait for the thread to notice.
+STOP_POLL_S = 0.1
+
 #: Why a check fails; empty when it does not.
 Check = Callable[[], str]
 
@@ -37,7 +40,9 @@ class ProbeServer:
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
         self._httpd.set_app(self._answer)
         self.port = self._httpd.server_port
-        self._thread = threading.Thread(target=self._httpd.serve_forever, name="probes", daemon=True)
+        self._thread = threading.Thread(
+            target=self._httpd.serve_forever, args=(STOP_POLL_S,), name="probes", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:

@@ -10,6 +10,7 @@ import logging
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -17,12 +18,16 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 from services.wire.channel_server import bind
 from services.wire.messages import Hello, Stats
-from services.worker.collectors import EngineCollector
+from services.worker.collectors import EngineCollector, StoreCollector
 from services.worker.config import EngineConfig
 from services.worker.engine import Engine
 from services.worker.load import LoadedModel, load_model
 from services.worker.probes import ProbeServer
 from services.worker.server import WorkerServer
+from services.worker.tiers import StoreTier
+
+if TYPE_CHECKING:
+    from services.worker.store_tier import RedisStoreTier
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +46,8 @@ class WorkerConfig:
     device: str = "cpu"
     dtype: str | None = None  # see load_model
     threads: int | None = None  # of PyTorch on the CPU; None leaves it to PyTorch
+    redis_url: str | None = None  # the shared store; None = this worker's own memory is all its cache
+    store_bytes: int | None = None  # capacity of the whole store, set where none is set yet
 
 
 class Worker:
@@ -88,7 +95,8 @@ class Worker:
             torch.set_num_threads(config.threads)
         model = await asyncio.to_thread(load_model, config.model, device=config.device, dtype=config.dtype)
         log.info("loaded %s", model.name)
-        engine = await asyncio.to_thread(_engine, model, config.engine)
+        store = self._open_store(model)
+        engine = await asyncio.to_thread(_engine, model, config.engine, store)
         await asyncio.to_thread(engine.warm_up)
         rates = engine.stats()
         log.info(
@@ -111,11 +119,35 @@ class Worker:
             decode_step_s=rates.decode_step_s,
         )
         server = WorkerServer(engine, hello, model.text, config.secret, self._registry)
-        self._registry.register(EngineCollector(engine.counters, server.labelled.labels))
+        labels = server.labelled.labels
+        self._registry.register(EngineCollector(engine.counters, labels))
+        if store is not None:
+            self._registry.register(StoreCollector(store.counts, labels))
         ProcessCollector(registry=self._registry)
         self._resources.push_async_callback(server.stop)
         await server.start(sock)
         self._server = server
+
+    def _open_store(self, model: LoadedModel) -> RedisStoreTier | None:
+        """Returns at once; a store that cannot be reached is tried again while the worker serves without."""
+        config = self.config
+        if config.redis_url is None:
+            return None
+        # Here and not above: a machine that serves without a store needs no redis package.
+        from services.worker.store_tier import RedisStoreTier, StoreTierConfig
+
+        spec = model.spec
+        store = RedisStoreTier(
+            StoreTierConfig(
+                url=config.redis_url,
+                fingerprint=model.fingerprint,
+                block_shape=(spec.layers, 2, spec.kv_heads, config.engine.block_size, spec.head_dim),
+                dtype=model.kv_dtype,
+                capacity=config.store_bytes,
+            )
+        )
+        self._resources.callback(store.close)
+        return store
 
     def trouble(self) -> str:
         """Why this worker is not healthy, empty if it is or is still starting. Callable from any thread."""
@@ -145,10 +177,10 @@ class Worker:
         return "draining" if self._draining else self.trouble()
 
 
-def _engine(model: LoadedModel, config: EngineConfig) -> Engine:
+def _engine(model: LoadedModel, config: EngineConfig, store: StoreTier | None) -> Engine:
     """Allocates the KV memory. Raises ValueError when there is not so much."""
     try:
-        return Engine(model, config)
+        return Engine(model, config, store)
     except (MemoryError, RuntimeError) as error:  # PyTorch's CPU allocator raises a plain RuntimeError
         reason = str(error).splitlines()[0]
         raise ValueError(f"kv_bytes of {config.kv_bytes} cannot be allocated: {reason}") from error

@@ -7,6 +7,7 @@ import urllib.request
 
 import pytest
 
+from services.cache_store.embedded import find_server, start_redis
 from services.wire.channel_server import bind
 from services.worker.config import EngineConfig
 from services.worker.process import Worker, WorkerConfig
@@ -18,6 +19,13 @@ from tests.worker.server.clients import routing_to
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def redis_url():
+    server = start_redis(find_server(), max_memory=256 << 20)
+    yield server.socket_url
+    server.stop()
 
 
 def config(model, **fields):
@@ -133,4 +141,45 @@ async def test_a_model_that_cannot_be_served_leaves_nothing_behind():
 async def test_more_kv_memory_than_there_is_is_a_clear_error(model):
     worker = Worker(config(model, engine=EngineConfig(kv_bytes=1 << 60)))
     with pytest.raises(ValueError, match="kv_bytes"):
+        await worker.start()
+
+
+async def test_what_one_worker_computed_another_finds_in_the_store(model, redis_url):
+    prompt = [n % 256 for n in range(200)]
+    store = {"redis_url": redis_url, "store_bytes": 64 << 20, "threads": 1}
+    first, second = (Worker(config(model, name=f"w{n}", **store)) for n in range(2))
+    try:
+        await first.start()
+        async with routing_to(At(first)) as router:
+            cold = await router.ask(prompt, temperature=0, ignore_eos=True).finished()
+            assert cold.start.store_tokens == 0
+            await until(lambda: len(router.held.get("store", ())) >= 12)
+        await second.start()
+        async with routing_to(At(second)) as router:
+            warm = await router.ask(prompt, temperature=0, ignore_eos=True).finished()
+            assert warm.tokens == cold.tokens
+            assert warm.start.store_tokens in (0, 192)  # the gate may find computing cheaper
+        _, metrics = await probe(second, "/metrics")
+        assert 'reprise_store_tier_total{engine="0",model_name="tiny",what="loads"}' in metrics
+    finally:
+        await first.stop()
+        await second.stop()
+
+
+async def test_a_worker_whose_store_is_down_serves_without(model):
+    with bind("127.0.0.1", 0, b"") as nobody:  # a port where nothing answers
+        worker = Worker(config(model, redis_url=f"redis://127.0.0.1:{nobody.getsockname()[1]}/0"))
+        await worker.start()
+        try:
+            async with routing_to(At(worker)) as router:
+                answer = await router.ask([1, 2, 3], ignore_eos=True).finished()
+                assert len(answer.tokens) == 8
+                assert answer.start.store_tokens == 0
+        finally:
+            await worker.stop()
+
+
+async def test_a_store_that_is_no_address_is_a_clear_error(model):
+    worker = Worker(config(model, redis_url="localhost:6379"))
+    with pytest.raises(ValueError, match="scheme"):
         await worker.start()
