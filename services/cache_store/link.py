@@ -40,10 +40,15 @@ class LinkEstimate:
 
     def bytes_per_s(self, now: float) -> float:
         """Expected bandwidth of a load that starts now."""
-        forgiven = self._bytes_per_s * 2 ** ((now - self._read_at) / _FORGIVE_S)
+        forgiven = self._bytes_per_s * _forgiveness(now - self._read_at)
         return max(self._bytes_per_s, min(forgiven, _FIRST_BYTES_PER_S))
 
     def latency_s(self, now: float) -> float:
         """Expected time from question to answer."""
-        forgiven = self._latency_s / 2 ** ((now - self._asked_at) / _FORGIVE_S)
+        forgiven = self._latency_s / _forgiveness(now - self._asked_at)
         return min(self._latency_s, max(forgiven, _FIRST_LATENCY_S))
+
+
+def _forgiveness(idle_s: float) -> float:
+    """The factor by which a bad opinion improves; bounded, because nights are long."""
+    return 2.0 ** min(idle_s / _FORGIVE_S, 64.0)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from redis import Redis
+
+from services.cache_store.allocation import piece_lengths, size_class, stored_bytes
+from services.cache_store.frames import HEADER_BYTES, FrameFormat
+from services.cache_store.functions import FENCE_BYTES
+from services.cache_store.payloads import Payloads
+from services.wire.hashes import HASH_BYTES
+
+KIB = 1024
+
+#: layers * 2 * kv_heads * tokens * head_dim * bytes
+MODELS = {
+    "SmolLM2-135M, 16 tokens, fp16": 30 * 2 * 3 * 16 * 64 * 2,
+    "SmolLM2-135M, 16 tokens, fp32": 30 * 2 * 3 * 16 * 64 * 4,
+    "Qwen3-0.6B, 64 tokens, bf16": 28 * 2 * 8 * 64 * 128 * 2,
+    "Llama-3.1-8B, 16 tokens, bf16": 32 * 2 * 8 * 16 * 128 * 2,
+    "Llama-3.1-8B, 64 tokens, fp8": 32 * 2 * 8 * 64 * 128,
+    "Qwen3-30B-A3B, 64 tokens, bf16": 48 * 2 * 4 * 64 * 128 * 2,
+    "Llama-3.1-70B on four, 64 tokens, bf16": 80 * 2 * 2 * 64 * 128 * 2,
+}
+
+
+@given(st.integers(1, 1 << 32))
+def test_a_size_class_holds_its_size_and_wastes_a_quarter_at_most(size: int) -> None:
+    chosen = size_class(size)
+    assert size <= chosen < size * 1.25 + 16
+    assert size_class(chosen) == chosen
+
+
+def test_size_classes_are_those_of_jemalloc() -> None:
+    classes = sorted({size_class(size) for size in range(256 * KIB, 1024 * KIB, 1000)})
+    assert classes == [size * KIB for size in (256, 320, 384, 448, 512, 640, 768, 896, 1024)]
+
+
+@given(st.integers(HEADER_BYTES + 1, 1 << 28))
+def test_pieces_make_up_the_frame_and_the_first_holds_the_header(frame_bytes: int) -> None:
+    pieces = piece_lengths(frame_bytes)
+    assert sum(pieces) == frame_bytes
+    assert len(pieces) <= 2
+    assert pieces[0] >= HEADER_BYTES
+    assert min(pieces) > 0
+
+
+@pytest.mark.parametrize("payload_bytes", MODELS.values(), ids=MODELS.keys())
+def test_frames_of_usual_models_waste_less_than_a_twelfth_of_redis_memory(payload_bytes: int) -> None:
+    frame_bytes = FrameFormat(bytes(16), 1, 16, payload_bytes).frame_bytes
+    assert stored_bytes(frame_bytes) < payload_bytes * 13 / 12
+
+
+def test_a_payload_of_a_power_of_two_would_waste_a_quarter_in_one_piece_and_nothing_in_two() -> None:
+    frame_bytes = HEADER_BYTES + (2 << 20)
+    assert size_class(frame_bytes) / (2 << 20) == 1.25
+    assert stored_bytes(frame_bytes) / (2 << 20) < 1.001
+
+
+@pytest.mark.parametrize("payload_bytes", [20_000, 360 * KIB, 512 * KIB, 2048 * KIB])
+def test_redis_takes_no_more_memory_than_is_charged(redis: Redis, payload_bytes: int) -> None:
+    frame_bytes = HEADER_BYTES + payload_bytes
+    payloads = Payloads(redis, frame_bytes)
+    payload = memoryview(os.urandom(payload_bytes))
+
+    def put(count: int) -> None:
+        for _ in range(count):
+            name = os.urandom(HASH_BYTES + FENCE_BYTES)
+            assert payloads.put([(name, bytes(HEADER_BYTES), payload)]) == [True]
+
+    put(1)  # buffers of the connection
+    before = redis.info("memory")["used_memory"]
+    put(64)
+    used = redis.info("memory")["used_memory"] - before
+    connection_bytes = 64 * KIB
+    assert 64 * payload_bytes < used <= 64 * stored_bytes(frame_bytes) + connection_bytes
