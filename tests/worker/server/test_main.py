@@ -6,6 +6,8 @@ import re
 import signal
 import socket
 import sys
+import urllib.error
+import urllib.request
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +76,34 @@ async def test_a_signal_drains_running_requests_finish_and_the_exit_code_is_0(mo
         await answer.finished()
         assert len(answer.tokens) == 300
         assert await asyncio.wait_for(worker.process.wait(), 20) == 0
+
+
+@pytest.mark.slow
+async def test_a_signal_while_the_model_loads_ends_it_at_once(tmp_path):
+    model = tmp_path / "endless.gguf"
+    os.mkfifo(model)  # whoever opens it waits for a writer
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.worker", "--model", str(model), "--metrics-port", port), cwd=ROOT
+    )
+    try:
+        await until(lambda: readiness(port) == "starting\n", timeout_s=60)
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 5) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+
+
+def readiness(port):
+    """What /ready says with its 503; None while nobody listens."""
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5)
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+    except OSError:
+        return None
 
 
 @pytest.mark.slow
