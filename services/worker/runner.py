@@ -22,7 +22,7 @@ Forward = Callable[[Batch, KVCache], torch.Tensor]
 class Launched:
     """A step under way."""
 
-    def __init__(self, result: SampleResult | None, top: list[int] | None) -> None:
+    def __init__(self, device: torch.device, result: SampleResult | None, top: list[int] | None) -> None:
         """`result` is None when no row samples. Row r wants `top[r]` best tokens, -1 = no log-probability."""
         self._top = top
         self._tokens = self._chosen = self._top_tokens = self._top_logprobs = None
@@ -31,12 +31,12 @@ class Launched:
             self._chosen = _to_host(result.chosen_logprob)
             self._top_tokens = _to_host(result.top_tokens)
             self._top_logprobs = _to_host(result.top_logprobs)
-        self._done = torch.cuda.Event() if result is not None and result.tokens.is_cuda else None
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
         if self._done is not None:
             self._done.record()
 
     def result(self) -> Sampled:
-        """Waits for the step. Raises what the device raised."""
+        """Waits for the step, tokens or not. Raises what the device raised."""
         if self._done is not None:
             self._done.synchronize()
         if self._tokens is None:
@@ -102,14 +102,14 @@ class Runner:
             self._kv,
         )
         if not len(sampled):
-            return Launched(None, None)
+            return Launched(device, None, None)
         host_slots = rows.slots[rows.sampled].tolist()
         lengths = ends[sampled]
         top = tables.logprobs(host_slots)
         params = tables.sampling(host_slots, slots[sampled], lengths)
         result = sample(logits, params, logprobs=-1 if top is None else max(top))
         tables.tokens[slots[sampled], lengths] = result.tokens.int()
-        return Launched(result, top)
+        return Launched(device, result, top)
 
 
 class _Rows:
