@@ -34,7 +34,7 @@ _TOP_P_HEADS = (256, 4096)
 
 @dataclass(frozen=True)
 class Bias:
-    """Sparse additions to logits, one entry an (row, token id, value) triple; -inf forbids a token."""
+    """Sparse additions to logits, one (row, token id, value) triple an entry; -inf forbids a token."""
 
     rows: torch.Tensor  # [N] int64, index into the batch
     tokens: torch.Tensor  # [N] int64
@@ -84,7 +84,8 @@ class SampleResult:
 def sample(logits: torch.Tensor, params: SamplingBatch, *, logprobs: int = -1) -> SampleResult:
     """Choose one token for each row of logits [R, V] fp32 (left unchanged).
 
-    `logprobs`: -1 = none; k >= 0 = the chosen token's and the k most likely ones', for every row.
+    `logprobs`: -1 = none; k >= 0 = the chosen token's and the k most likely ones', for every row. Looks at
+    the parameters to leave out what no row asks for, so on CUDA it waits for the device.
     """
     logits = _penalised(_biased(logits, params.bias), params)
     drawn = (params.temperature > 0).nonzero().squeeze(-1)
@@ -121,6 +122,7 @@ def _penalised(logits: torch.Tensor, params: SamplingBatch) -> torch.Tensor:
     rows = logits[history.rows]
     repetition = params.repetition[history.rows].unsqueeze(-1)
     rows = torch.where(seen, torch.where(rows > 0, rows / repetition, rows * repetition), rows)
+    rows = rows.clamp(max=torch.finfo(rows.dtype).max)  # where a tiny repetition penalty overflowed
     rows = rows - params.frequency[history.rows].unsqueeze(-1) * count
     rows = rows - params.presence[history.rows].unsqueeze(-1) * (count > 0)
     return logits.index_copy(0, history.rows, rows)

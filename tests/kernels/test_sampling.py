@@ -248,6 +248,18 @@ def test_penalties_are_those_of_openai_and_ctrl(
         assert torch.allclose(by_token, torch.tensor(wanted).log_softmax(0), atol=1e-5)
 
 
+def test_a_tiny_repetition_penalty_gives_finite_logprobs() -> None:
+    history = History(
+        torch.tensor([0]), torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([2]), torch.tensor([2])
+    )
+    result = sample(
+        torch.tensor([[5.0, 4.0, 3.0]]), batch([Row(repetition=1e-40)], history=history), logprobs=2
+    )
+    assert result.chosen_logprob is not None
+    assert result.chosen_logprob.isfinite().all()
+    assert int(result.tokens) in {0, 1}
+
+
 def test_logprobs_are_taken_before_temperature_and_restrictions() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     row = Row(temperature=0.1, top_k=1, seed=3)
