@@ -148,8 +148,8 @@ class BlockStore:
             self._counts[what] += by
 
     def counts(self) -> dict[str, int]:
-        """What this client has seen: errors, quarantined:<reason>, written:<outcome> blocks, and whatever its
-        user counted."""
+        """What this client has seen: errors, out_of_memory, quarantined:<reason>, written:<outcome> blocks,
+        and whatever its user counted."""
         with self._lock:
             return dict(self._counts)
 
@@ -312,8 +312,10 @@ class BlockStore:
 
     def _make_memory(self, wanted: int, report: WriteReport) -> None:
         """Redis is full before the capacity is reached: it is set too high, or others use the same Redis."""
-        log.warning("store %s is out of memory below its capacity: evicting %d bytes", self._where, wanted)
-        names, _, _ = self._functions.evict(max(0, self._functions.usage().total - wanted))
+        self.count("out_of_memory")
+        if self.counts()["out_of_memory"] == 1:
+            log.warning("store %s: Redis is out of memory below the store's capacity", self._where)
+        names, _, _ = self._functions.evict(max(0, self._functions.usage().total - wanted), "memory")
         report.dropped += [name[:HASH_BYTES] for name in names]
         self._drop(names)
 

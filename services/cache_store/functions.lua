@@ -494,14 +494,14 @@ register('retain', function(keys, args)
   return known
 end, {'allow-oom'})
 
--- target bytes -> names of dropped payloads, the total after it, 1 if a further call could evict more
+-- target bytes, reason -> names of dropped payloads, the total after it, 1 if a further call could evict more
 register('evict', function(keys, args)
   local store = open(keys)
   reap(store, MAX_DUE)
   expire(store, MAX_DUE)
   local target = tonumber(args[1])
   while total(store) > target and store.victims < MAX_VICTIMS and evict_one(store, MAX_PRIORITY) do end
-  count(store, 'evicted:watermark', store.victims)
+  count(store, 'evicted:' .. args[2], store.victims)
   close(store)
   return {table.concat(store.gone), total(store), store.victims >= MAX_VICTIMS and 1 or 0}
 end, {'allow-oom'})

@@ -200,10 +200,10 @@ class StoreFunctions:
         known: int = self._call("retain", owner, *packed)
         return known
 
-    def evict(self, target_bytes: int) -> tuple[list[bytes], int, bool]:
-        """Evict towards a total of `target_bytes`, at most 64 blocks. Returns (names of payloads to unlink,
-        the total now, whether a further call could go on)."""
-        dropped, total, more = self._call("evict", target_bytes)
+    def evict(self, target_bytes: int, reason: str = "watermark") -> tuple[list[bytes], int, bool]:
+        """Evict towards a total of `target_bytes`, at most 64 blocks; `reason` names the counter. Returns
+        (names of payloads to unlink, the total now, whether a further call could go on)."""
+        dropped, total, more = self._call("evict", target_bytes, reason)
         return _names(dropped), total, bool(more)
 
     def upkeep(self, limit: int) -> tuple[int, int, list[bytes]]:

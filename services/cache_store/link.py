@@ -51,4 +51,4 @@ class LinkEstimate:
 
 def _forgiveness(idle_s: float) -> float:
     """The factor by which a bad opinion improves; bounded, because nights are long."""
-    return 2.0 ** min(idle_s / _FORGIVE_S, 64.0)
+    return float(2.0 ** min(idle_s / _FORGIVE_S, 64.0))

@@ -124,7 +124,7 @@ class Upkeep(Collector):
         ):
             yield CounterMetricFamily(f"reprise_store_{name}", help_, usage.counts.get(key, 0))
         for name, help_ in (
-            ("evicted", "Blocks evicted, by reason: room for a write, watermark."),
+            ("evicted", "Blocks evicted, by reason: room for a write, the watermark, Redis out of memory."),
             ("quarantined", "Payloads found missing or bad by a reader, by what was wrong."),
         ):
             counter = CounterMetricFamily(f"reprise_store_{name}", help_, labels=["reason"])
