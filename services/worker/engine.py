@@ -231,6 +231,9 @@ class Engine:
         outputs = commit(self._scheduler, step.plan, sampled, now, self.counters)
         if self._write_behind is not None:
             self._write_behind.add(step.plan.filled)
+            for chunk in step.plan.chunks:
+                if chunk.samples:
+                    self._write_behind.retain(chunk.sequence)
         prefill_tokens = step.plan.prefill_tokens
         self._rates.observe(prefill_tokens=prefill_tokens, decodes=len(step.plan.decodes), seconds=step_s)
         self.counters.steps += 1

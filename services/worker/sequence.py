@@ -30,7 +30,6 @@ class Sequence:
 
     __slots__ = (
         "_block_size",
-        "_retention",
         "awaits",
         "capacity",
         "computed",
@@ -51,6 +50,7 @@ class Sequence:
         "store_tokens",
         "tokens",
         "uncached",
+        "wishes",
     )
 
     def __init__(
@@ -77,7 +77,7 @@ class Sequence:
         self.preemptions = 0
         self.first_planned_s: float | None = None
         self._block_size = block_size
-        self._retention = _block_retention(request, block_size)
+        self.wishes = _wishes(request, block_size)  # block index -> (priority, ttl_s), where it has any
 
     @property
     def in_flight(self) -> int:
@@ -102,10 +102,10 @@ class Sequence:
 
     def retention(self, index: int) -> tuple[int, float | None]:
         """(priority, ttl_s) that the request asks for block `index`; blocks it does not mention: default."""
-        return self._retention.get(index, (DEFAULT_PRIORITY, None))
+        return self.wishes.get(index, (DEFAULT_PRIORITY, None))
 
 
-def _block_retention(request: Request, block_size: int) -> dict[int, tuple[int, float | None]]:
+def _wishes(request: Request, block_size: int) -> dict[int, tuple[int, float | None]]:
     """Retention by block; a block that several ranges touch takes the highest priority of them."""
     by_block: dict[int, tuple[int, float | None]] = {}
     for item in request.retention:

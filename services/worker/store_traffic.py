@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 from services.worker.counters import Counters
 from services.worker.kv import KVCache
@@ -93,6 +94,15 @@ class WriteBehind:
         while len(self._queue) > self._pool.pages:  # more than there are pages cannot all be there still
             self._queue.popleft()
             self._counters.unoffered_blocks += 1
+
+    def retain(self, sequence: Sequence) -> None:
+        """A prompt is computed: pass on what it says of its blocks, for those that it hit are not offered."""
+        if not sequence.gpu_tokens and not sequence.store_tokens:
+            return
+        blocks = [index for index in sequence.wishes if index < len(sequence.hashes)]
+        for wish, indices in groupby(sorted(blocks), key=sequence.retention):
+            hashes = [sequence.hashes[index] for index in indices]
+            self._store.retain(hashes, *wish, sequence.request.tenant)
 
     def copy(self, step_s: float) -> None:
         """Copy for a share of the `step_s` seconds that the step just done took; a little more freely when

@@ -61,6 +61,9 @@ class StoreTier(Protocol):
     def wants(self, hashes: Sequence[bytes]) -> Sequence[bool]:
         """Which of these blocks `offer` would take now, so that the engine copies no page in vain."""
 
+    def retain(self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str) -> None:
+        """A request hit these blocks, so nobody offers them again, and wants them kept like this."""
+
     def take_events(self) -> tuple[list[bytes], list[bytes]]:
         """(stored, removed) block hashes of this tier since the last call."""
 

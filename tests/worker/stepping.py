@@ -102,6 +102,7 @@ class MemoryStore:
         self.recompute_s: list[Sequence[float]] = []
         self.new: list[bytes] = []
         self.most = 1_000_000  # blocks a load brings at most
+        self.retained: list[tuple[list[bytes], int, float | None, str]] = []
 
     def start_load(
         self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str
@@ -127,6 +128,9 @@ class MemoryStore:
 
     def wants(self, hashes: Sequence[bytes]) -> Sequence[bool]:
         return [hash not in self.blocks for hash in hashes]
+
+    def retain(self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str) -> None:
+        self.retained.append((list(hashes), priority, ttl_s, tenant))
 
     def take_events(self) -> tuple[list[bytes], list[bytes]]:
         new, self.new = self.new, []

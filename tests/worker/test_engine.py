@@ -149,6 +149,24 @@ def test_blocks_reach_the_store_with_their_place_and_what_their_request_says_of_
     assert {block.tenant for block in blocks} == {"t"}
 
 
+@pytest.mark.parametrize("from_store", [False, True])
+def test_a_hit_passes_on_what_its_request_says_of_blocks_that_nobody_offers_again(from_store: bool) -> None:
+    plain = make_request("plain", prompt(70))
+    store = MemoryStore()
+    stepped = Stepped(store)
+    stepped.run([plain])
+    stepped.settle()
+    assert store.retained == []
+    retention = (Retention(start=0, end=20, priority=90, ttl_s=60.0), Retention(start=40, priority=50))
+    if from_store:
+        stepped = Stepped(store)
+    stepped.run([make_request("again", prompt(70), retention=retention, tenant="t")])
+    assert store.retained == [
+        (list(plain.hashes[:2]), 90, 60.0, "t"),
+        (list(plain.hashes[2:]), 50, None, "t"),
+    ]
+
+
 def test_the_store_is_asked_with_the_time_that_computing_would_take() -> None:
     store = MemoryStore()
     stepped = Stepped(store)
