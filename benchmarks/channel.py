@@ -137,7 +137,7 @@ class ChannelReader:
 class SseReader(asyncio.Protocol):
     """One HTTP client on a kept connection, reading no more of the answer than it must."""
 
-    WORD = re.compile(rb" (\d{4})")
+    WORD = re.compile(rb" (\d{5})")
     END = b"\r\n0\r\n\r\n"
 
     def __init__(self, load: Load, meter: Meter, number: int) -> None:
@@ -170,7 +170,7 @@ class SseReader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         data = self._rest + data
-        if self._in_head:  # the date in it looks like a word
+        if self._in_head:
             head, separator, data = data.partition(b"\r\n\r\n")
             if not separator:
                 self._rest = head

@@ -1,7 +1,7 @@
 """Tokens that tell when they were made, so that whoever receives one knows how long it took.
 
-A token is a word " 0000" to " 8191": the monotonic clock, which all processes of a machine share, in units of
-CLOCK_S. Delays up to 0.8 s can be told.
+A token is a word " 00000" to " 32767": the monotonic clock, which all processes of a machine share, in units
+of CLOCK_S. Delays up to 3.2 s can be told.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from services.worker.request import Request
 from tests.fakes.text import FAKE_VOCAB
 
 CLOCK_S = 1e-4
-CLOCK_TOKENS = 8192
-CLOCK_WORDS = [f" {n:04}" for n in range(CLOCK_TOKENS)]  # for FakeWorker(words=…)
+CLOCK_TOKENS = 1 << 15
+CLOCK_WORDS = [f" {n:05}" for n in range(CLOCK_TOKENS)]  # for FakeWorker(words=…)
 
 
 def clock_reply(request: Request) -> Iterator[int]:
