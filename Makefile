@@ -90,9 +90,17 @@ lint: $(VENV)/.dev  ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# `serve.py` runs against the whole of it, started for the purpose on BENCH_PORT.
+BENCH_PORT ?= 8765
 .PHONY: bench
-bench: $(VENV)/.dev $(DEMO_MODEL)  ## Short versions of the benchmarks
-	@echo later
+bench: $(VENV)/.dev $(DEMO_MODEL)  ## Short versions of the benchmarks, a few minutes
+	@$(BIN)/python -m benchmarks.step_overhead
+	@$(BIN)/python -m benchmarks.channel --step-ms 12.5
+	@coproc LAUNCH { exec $(BIN)/python -m services.launch --model "$(MODEL)" --port $(BENCH_PORT); }; \
+	  pid=$$LAUNCH_PID; trap 'kill $$pid; wait $$pid' EXIT; \
+	  grep -m 1 -q '^Ctrl-C' <&$${LAUNCH[0]}; \
+	  $(BIN)/python benchmarks/serve.py --url http://127.0.0.1:$(BENCH_PORT) --workload shared-prefix \
+	    --concurrency 4 --groups 4 --prompts-per-group 8 --prefix-tokens 512 --input-tokens 64 --output-tokens 32
 
 .PHONY: clean
 clean:  ## Remove what was built; the model and results stay
