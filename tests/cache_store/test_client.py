@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 from redis import Redis
 
+from services.cache_store.allocation import stored_bytes
 from services.cache_store.client import BlockStore, Outcome, WriteBlock
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
 from services.cache_store.frames import FrameFormat
@@ -20,6 +21,7 @@ from tests.cache_store.harness import chain
 
 PAYLOAD_BYTES = 4096
 FORMAT = FrameFormat(fingerprint=b"f" * 16, layers=2, tokens=16, payload_bytes=PAYLOAD_BYTES)
+BLOCK_BYTES = stored_bytes(FORMAT.frame_bytes)
 
 
 def payload_of(block: bytes, size: int = PAYLOAD_BYTES) -> memoryview:
@@ -118,12 +120,12 @@ def test_writing_again_costs_no_payload(store: BlockStore, redis: Redis) -> None
 def test_payloads_of_evicted_blocks_are_deleted_by_the_writer_that_evicted_them(
     redis_server: LocalRedis, redis: Redis
 ) -> None:
-    store = BlockStore(redis_server.socket_url, FORMAT, capacity=100_000)
+    store = BlockStore(redis_server.socket_url, FORMAT, capacity=20 * BLOCK_BYTES)
     for i in range(50):
         store.write(to_write(chain(f"{i}", 3)))
     usage = StoreFunctions(redis).usage()
     assert usage.dropped == 0
-    assert len(payload_keys(redis)) == usage.blocks < 25
+    assert len(payload_keys(redis)) == usage.blocks == 20
     assert usage.counts["evicted:room"] == 150 - usage.blocks
     store.close()
 
@@ -151,7 +153,7 @@ def test_blocks_of_two_models_share_a_store_and_evict_each_other_completely(
 def test_a_system_prompt_of_priority_90_outlives_1000_one_shot_blocks_and_one_of_equal_priority_does_not(
     redis_server: LocalRedis, priority: int, kept: int
 ) -> None:
-    store = BlockStore(redis_server.socket_url, FORMAT, capacity=100 * 4600)
+    store = BlockStore(redis_server.socket_url, FORMAT, capacity=100 * BLOCK_BYTES)
     system_prompt = chain("system prompt", 20)
     store.write(to_write(system_prompt, priority=priority))
     streamed = 0
@@ -164,7 +166,7 @@ def test_a_system_prompt_of_priority_90_outlives_1000_one_shot_blocks_and_one_of
 
 
 def test_a_retention_told_later_counts_as_much(redis_server: LocalRedis) -> None:
-    store = BlockStore(redis_server.socket_url, FORMAT, capacity=100 * 4600)
+    store = BlockStore(redis_server.socket_url, FORMAT, capacity=100 * BLOCK_BYTES)
     system_prompt = chain("system prompt", 20)
     store.write(to_write(system_prompt))
     store.retain(system_prompt, "t", 90, 3600.0)
@@ -354,7 +356,7 @@ def test_a_password_is_taken_from_the_url() -> None:
 
 def test_whatever_is_found_can_be_read_while_others_write_and_evict(redis_server: LocalRedis) -> None:
     """A lookup under concurrent eviction: leased runs are whole to the last block."""
-    capacity = 60 * 4600
+    capacity = 60 * BLOCK_BYTES
     stores = [BlockStore(redis_server.socket_url, FORMAT, capacity=capacity) for _ in range(4)]
     prompts = [chain(f"{i}", 10) for i in range(12)]
     deadline, reads, problems = time.monotonic() + 1.5, [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -181,6 +182,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert set(self.client.zrange(key["expiring"], 0, -1)) <= retained
 
 
+@pytest.mark.slow
 def test_any_sequence_of_calls_keeps_the_invariants_and_agrees_with_the_model(any_server: LocalRedis) -> None:
     with Redis.from_url(any_server.socket_url) as client:
         machine = type("Machine", (StoreMachine,), {"client": client})
