@@ -23,6 +23,7 @@ from tests.fakes.until import until
 class Served:
     router: Router
     workers: list[FakeWorker]
+    server: HttpServer
     port: int
     http: httpx.AsyncClient
     openai: AsyncOpenAI
@@ -84,7 +85,7 @@ async def serving(
         openai = await stack.enter_async_context(
             AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
         )
-        served = Served(router, workers, port, http, openai)
+        served = Served(router, workers, server, port, http, openai)
         try:
             yield served
             await served.paid_back()

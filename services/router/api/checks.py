@@ -44,8 +44,6 @@ def check_completion(request: CompletionRequest) -> None:
         raise invalid(
             "prompt: lists of prompts are not supported; send a string or one list of token ids", "prompt"
         )
-    if not request.prompt:
-        raise invalid("prompt must not be empty", "prompt")
 
 
 def template_tools(request: ChatRequest, template: ChatTemplate | None) -> list[dict[str, Any]] | None:

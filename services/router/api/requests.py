@@ -26,6 +26,8 @@ CachePriority = Annotated[
 CacheTtl = Annotated[
     float, Meta(gt=0, le=31_536_000, description="Seconds after the last use for which the priority holds")
 ]
+OnlyFalse = Annotated[bool, Meta(extra_json_schema={"const": False})]
+OnlyTrue = Annotated[bool, Meta(extra_json_schema={"const": True})]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -37,7 +39,7 @@ class StreamOptions(Input):
     include_usage: Annotated[
         bool | None, Meta(description="End the stream with a chunk that carries `usage` and no choices")
     ] = None
-    include_obfuscation: Annotated[bool | None, Meta(description="Only false is supported")] = None
+    include_obfuscation: OnlyFalse | None = None
 
 
 class RetentionRange(Input):
@@ -153,7 +155,7 @@ class FunctionDefinition(Input):
     name: str
     description: str | None = None
     parameters: Annotated[dict[str, Any] | None, Meta(description="A JSON schema")] = None
-    strict: Annotated[bool | None, Meta(description="Only false is supported")] = None
+    strict: OnlyFalse | None = None
 
 
 class Tool(Input):
@@ -179,10 +181,10 @@ class ChatRequest(Sampling, kw_only=True):
         list[Tool] | None, Meta(description="Given to the chat template; calls come back as text")
     ] = None
     tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: Annotated[bool | None, Meta(description="Only true is supported")] = None
+    parallel_tool_calls: OnlyTrue | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    store: Annotated[bool | None, Meta(description="Only false is supported")] = None
+    store: OnlyFalse | None = None
     chat_template_kwargs: Annotated[
         dict[str, Any] | None, Meta(description="Variables for the model's chat template")
     ] = None
@@ -191,10 +193,14 @@ class ChatRequest(Sampling, kw_only=True):
 class CompletionRequest(Sampling, kw_only=True):
     """Body of POST /v1/completions. `max_tokens` is 16 by default, as OpenAI has it."""
 
-    prompt: Annotated[
-        str | list[int | str | list[int]], Meta(description="Text, or token ids. One prompt a request")
-    ]
+    prompt: (
+        Annotated[str, Meta(min_length=1)]
+        | Annotated[
+            list[int | str | list[int]],
+            Meta(min_length=1, description="Token ids", extra_json_schema={"items": {"type": "integer"}}),
+        ]
+    )
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=1, description="Only 1 is supported")] | None = None
-    echo: Annotated[bool | None, Meta(description="Only false is supported")] = None
+    echo: OnlyFalse | None = None
     suffix: Annotated[None, Meta(description="Not supported")] = None

@@ -93,7 +93,8 @@ def test_missing_fields_are_named(body, param):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"), ({"logprobs": True}, "logprobs"),
-     ({"prompt": {"a": 1}}, "prompt"), ({"messages": [USER]}, "messages")],
+     ({"prompt": {"a": 1}}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"),
+     ({"messages": [USER]}, "messages")],
 )  # fmt: skip
 def test_completions_refuse_what_is_not_theirs(fields, param):
     assert refusal(COMPLETION, {"model": "m", "prompt": "x", **fields}).param == param
