@@ -56,10 +56,11 @@ class Relay:
         """Server-sent events. An error after the first byte becomes an event that ends the stream."""
         job, model = self._job, self._job.model.name
         delivery = self._metrics.inter_token.labels(model).observe
-        last_s = 0.0
+        begun, last_s = False, 0.0
         while self._unfinished:
             events = self._events(await self._next())
-            if not last_s:
+            if not begun:
+                begun = True
                 await send(self._head(_EVENT_STREAM))
                 events = b"".join(map(self._format.begin, range(job.choices))) + events
             if not self._unfinished:
