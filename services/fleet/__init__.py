@@ -1,4 +1,4 @@
-"""Finding workers: a static list, Kubernetes EndpointSlices, or Ray Serve replicas.
+"""Finding workers: a static list, or Ray Serve replicas (`ray_serve`; not imported here, it needs ray).
 
 A fleet says which addresses exist. Identity, readiness, load, cache events and draining come in-band on the
 token channel, so that every kind of fleet behaves alike.

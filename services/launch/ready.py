@@ -30,7 +30,8 @@ def _ready_workers(router: str) -> int:
 def banner(router: str, metrics: dict[str, Sequence[str]], logs: Path) -> str:
     """`metrics` maps a part to the URLs of its metrics."""
     model = _get(f"{router}/v1/models")["data"][0]["id"]
-    request = {"model": model, "messages": [{"role": "user", "content": "What is a prefix cache?"}]}
+    messages = [{"role": "user", "content": "What is a prefix cache?"}]
+    request = {"model": model, "max_tokens": 64, "messages": messages}
     key = " -H 'authorization: Bearer <one of REPRISE_API_KEYS>'" if _api_key() else ""
     lines = [
         "",

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 #: How long a child may take to stop after SIGTERM before it is killed.
 STOP_TIMEOUT_S = 15.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST_WORDS_LINES = 12
 
 _PR_SET_PDEATHSIG = 1
@@ -29,7 +30,7 @@ class ChildExited(Exception):
 
 
 class StopRequested(Exception):
-    """Somebody asked us to stop (SIGINT or SIGTERM)."""
+    """Somebody asked us to stop, or closed the terminal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class Child:
 class Supervisor:
     """An async context manager: leaving it stops every child, last started first.
 
-    The first SIGINT or SIGTERM ends what `watch` waits for; one more while stopping kills what is left.
+    The first of `STOP_SIGNALS` ends what `watch` waits for; one more while stopping kills what is left.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -76,7 +77,7 @@ class Supervisor:
 
     async def __aenter__(self) -> Supervisor:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
         return self
 

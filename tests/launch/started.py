@@ -7,12 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
 DEMO_MODEL = Path("models/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+PART_TIMEOUT_S = 90
 
 
 class Started:
@@ -58,9 +61,15 @@ class Started:
         """Which of the processes that were seen still run."""
         return [process for process in self._seen if _command(process)]
 
-    def part(self, words: str) -> psutil.Process | None:
-        """A process of it whose command line holds `words`, if there is one yet."""
-        return next((process for process in self.processes() if words in _command(process)), None)
+    def part(self, words: str) -> psutil.Process:
+        """The process of it whose command line holds `words`, as soon as there is one."""
+        deadline_s = time.monotonic() + PART_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            for process in self.processes():
+                if words in _command(process):
+                    return process
+            time.sleep(0.1)  # a look takes some milliseconds of CPU
+        raise AssertionError(f"no process with {words!r} within {PART_TIMEOUT_S} s")
 
     def stop(self, number: signal.Signals) -> tuple[int, str]:
         """Send it a signal; exit code and stderr."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.until import until
 from tests.launch.started import DEMO_MODEL, Started, free_port
 
 
@@ -58,19 +57,21 @@ def test_a_number_of_workers_that_makes_no_sense_is_refused(workers: str) -> Non
     assert errors.splitlines()[-1].endswith(f"argument --workers: must be from 1 to 64, got '{workers}'")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_signal_in_the_middle_of_starting_stops_everything(number: signal.Signals) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "when"), [(signal.SIGINT, "gcs_server"), (signal.SIGTERM, "ray::ServeReplica")]
+)
+def test_a_signal_in_the_middle_of_starting_stops_everything(number: signal.Signals, when: str) -> None:
     with Started("--model", str(DEMO_MODEL), "--port", str(free_port())) as started:
-        await until(lambda: started.part("gcs_server"), timeout_s=30)  # of Ray's processes the first
-        assert started.part("-server 127.0.0.1:")  # Redis, or Valkey
+        started.part(when)
+        started.part("-server 127.0.0.1:")  # Redis, or Valkey
         assert started.stop(number) == (0, "")
         assert started.left() == []
 
 
-async def test_a_part_that_dies_is_named_and_takes_the_others_with_it() -> None:
+def test_a_part_that_dies_is_named_and_takes_the_others_with_it() -> None:
     with Started("--model", str(DEMO_MODEL), "--port", str(free_port())) as started:
         started.lines_to("starting Ray and the cache store")
-        await until(lambda: started.part("services.cache_store"))
         started.part("services.cache_store").kill()
         code, errors = started.end()
         assert code == 1

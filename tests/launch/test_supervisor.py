@@ -48,7 +48,7 @@ async def test_a_child_that_was_killed_is_reported_with_the_signal(tmp_path: Pat
             await children.watch(asyncio.sleep(60))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", supervisor.STOP_SIGNALS)
 async def test_a_signal_ends_what_is_waited_for(tmp_path: Path, number: signal.Signals) -> None:
     async with Supervisor(tmp_path) as children:
         child = start(children, "steady")
