@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from services.router.admission import QueueFull
@@ -50,6 +50,7 @@ class Dispatcher:
         self._metrics = metrics
         self._clock = clock
         self._retries = RetryBudget()
+        self._closed = ""  # why nothing is taken any more
 
     # ---- for those who serve clients -------------------------------------------------------------
 
@@ -57,6 +58,8 @@ class Dispatcher:
         """Send the job to a worker, or queue it. Raises ApiError: 429 when the queue is full, 503 when the
         model has no worker. Whoever submits must `release`."""
         model = job.model
+        if self._closed:
+            raise unavailable(self._closed, "shutting_down")
         if not model.workers:
             raise unavailable(f"no worker of model {model.name} is ready", "no_worker")
         self._retries.earn()
@@ -88,6 +91,17 @@ class Dispatcher:
             if not job.requests:
                 self._leave_worker(job, served=True)
 
+    def close(self, models: Iterable[ServedModel], reason: str) -> None:
+        """End every job with an error and take no more."""
+        self._closed = reason
+        for model in models:
+            while job := model.queue.first:
+                model.queue.remove(job)
+                job.fail(unavailable(reason, "shutting_down"))
+        for job in list(self.on_workers.values()):
+            self._leave_worker(job)
+            job.fail(unavailable(reason, "shutting_down"))
+
     # ---- for the workers' side -------------------------------------------------------------------
 
     def pump(self, model: ServedModel) -> None:
@@ -95,7 +109,7 @@ class Dispatcher:
         while (job := model.queue.first) is not None and self._send(job):
             pass
 
-    def sweep(self, models: list[ServedModel]) -> None:
+    def sweep(self, models: Iterable[ServedModel]) -> None:
         """End what has waited too long. Call it about once a second."""
         now_s = self._clock()
         self._index.expire(now_s)
@@ -114,11 +128,16 @@ class Dispatcher:
     def _send(self, job: Job) -> bool:
         """Choose a worker and submit. False when none has room; True also when the job failed."""
         model = job.model
-        room = [
-            worker
-            for worker in model.workers.values()
-            if worker.load.has_room(job.choices) and worker.hello.model.text_digest == job.text_digest
+        same_tokens = [
+            worker for worker in model.workers.values() if worker.hello.model.text_digest == job.text_digest
         ]
+        if model.workers and not same_tokens:
+            model.queue.remove(job)
+            job.fail(
+                unavailable(f"model {model.name} was replaced by one with another tokenizer", "replaced")
+            )
+            return True
+        room = [worker for worker in same_tokens if worker.load.has_room(job.choices)]
         room = [worker for worker in room if worker.slot not in job.avoid] or room
         while room:
             route = self._choose(job, room)

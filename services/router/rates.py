@@ -27,18 +27,23 @@ class Rates:
     def __init__(self, hello: Hello, pool_median: float | None) -> None:
         self.prefill = hello.prefill_tokens_per_s or pool_median or UNKNOWN_TOKENS_PER_S
         self.store = 0.0  # 0: no store, or its circuit is open
+        self._taught = False  # has a prefill of this router's told the rate?
         self._steps = _Line(hello.decode_step_s, SEQUENCES_TO_DOUBLE)
 
     def learn_prefill(self, uncached_tokens: int, seconds: float, pool_median: float) -> None:
         """A request's prefill took `seconds` for `uncached_tokens`; `pool_median` is over all workers."""
         if uncached_tokens < SHORTEST_SAMPLE_TOKENS or seconds <= 0:
             return
+        self._taught = True
         rate = self.prefill + WEIGHT * (uncached_tokens / seconds - self.prefill)
         self.prefill = min(max(rate, pool_median / WIDEST_FACTOR), pool_median * WIDEST_FACTOR)
 
     def learn_stats(self, stats: Stats) -> None:
-        """Take in what the worker measures itself."""
+        """Take in what the worker measures itself: the rate of prefill only until a prefill has told it, for
+        the worker sees its steps and not what a request waits for between them."""
         self.store = stats.store_tokens_per_s
+        if stats.prefill_tokens_per_s > 0 and not self._taught:
+            self.prefill = stats.prefill_tokens_per_s
         if stats.running and stats.decode_step_s > 0:
             self._steps.learn(stats.running, stats.decode_step_s)
 

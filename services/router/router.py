@@ -11,7 +11,6 @@ from typing import Any
 from prometheus_client.core import Metric
 
 from services.fleet import Fleet
-from services.router.api.errors import unavailable
 from services.router.body import Receive
 from services.router.cold import make_cold_app
 from services.router.config import RouterConfig
@@ -72,19 +71,13 @@ class Router:
             await self._cold(scope, receive, send)
 
     def abort(self, reason: str) -> None:
-        """End every request with an error now."""
-        for model in self.pool.models.values():
-            while job := model.queue.first:
-                model.queue.remove(job)
-                job.fail(unavailable(reason, "shutting_down"))
-        for job in list(self.dispatcher.on_workers.values()):
-            job.fail(unavailable(reason, "shutting_down"))
-            self.dispatcher.release(job)
+        """End every request with an error now, and refuse those to come."""
+        self.dispatcher.close(self.pool.models.values(), reason)
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            self.dispatcher.sweep(list(self.pool.models.values()))
+            self.dispatcher.sweep(self.pool.models.values())
 
     def _gauges(self) -> Iterable[Metric]:
         states = [worker.state for worker in self.pool.workers.values()]

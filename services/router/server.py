@@ -13,19 +13,20 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.router.router import Router
 
-#: From a connection's first byte to the end of a request's head.
+#: From a request's first byte to the end of its head.
 HEAD_TIMEOUT_S = 10.0
 MAX_HEAD_BYTES = 64 * 1024
 
 #: A client whose receive window has been closed for so long is cut off.
 WRITE_TIMEOUT_S = 30.0
 
+#: A connection without a request is closed, at its beginning as well as between requests.
 KEEP_ALIVE_S = 75
 
 
 class _Protocol(HttpToolsProtocol):
-    """One connection. uvicorn bounds neither the time nor the size of a request's head, and waits for ever
-    for a client that does not read."""
+    """One connection. uvicorn bounds neither the time nor the size of a request's head, nor how long a
+    client may send nothing at first or read nothing later."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -35,7 +36,9 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
-        self._expect_head()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_there()
@@ -50,7 +53,9 @@ class _Protocol(HttpToolsProtocol):
             self._refuse_head(431, f"The request's head exceeds {MAX_HEAD_BYTES} bytes.")
 
     def on_message_begin(self) -> None:
-        self._expect_head()
+        self._head_bytes = 0
+        message = f"The request's head did not arrive within {HEAD_TIMEOUT_S:g} s."
+        self._head_deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse_head, 408, message)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -64,12 +69,6 @@ class _Protocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self._client_reads()
         super().resume_writing()
-
-    def _expect_head(self) -> None:
-        if self._head_deadline is None:
-            self._head_bytes = 0
-            message = f"The request's head did not arrive within {HEAD_TIMEOUT_S:g} s."
-            self._head_deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._refuse_head, 408, message)
 
     def _head_is_there(self) -> None:
         if self._head_deadline is not None:

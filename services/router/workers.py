@@ -71,13 +71,13 @@ class Worker:
         self.slot = slot
         self.address = address
         self.state: State = "connecting"
-        self.problem = ""  # why it does not become ready
         self.channel = WorkerChannel(
             address.host, address.port, secret=pool.secret, router_id=pool.router_id, listener=self
         )
         self.task = asyncio.create_task(self.channel.run(), name=f"channel {address}")
         self._pool = pool
         self._starting: asyncio.Task[None] | None = None
+        self._unusable = ""
         self._retired = False
 
     @property
@@ -87,11 +87,19 @@ class Worker:
             return str(self.address)
         return _UNFIT.sub("_", self.hello.worker_id[:100])
 
+    @property
+    def problem(self) -> str:
+        """Why it is not ready; empty when it is, or about to be."""
+        if self.state == "connecting":
+            return self.channel.last_error
+        return self._unusable if self.state == "starting" else ""
+
     # ---- WorkerListener --------------------------------------------------------------------------
 
     def connected(self, hello: Hello) -> None:
         self.hello = hello
         self.state = "starting"
+        self._unusable = ""
         self._pool.index.join(self.slot, max(LEAST_INDEX_BLOCKS, INDEX_BLOCKS_PER_PAGE * hello.gpu_blocks))
         self._starting = asyncio.create_task(self._start(hello), name=f"text of {self.address}")
 
@@ -144,10 +152,9 @@ class Worker:
         try:
             self.model = await self._pool.serve(self)
         except (WorkerUnavailable, ValueError) as error:
-            self.problem = str(error)
+            self._unusable = str(error)
             log.warning("worker %s cannot be used: %s", self.name, error)
             return
-        self.problem = ""
         self.load = WorkerLoad(hello, Rates(hello, self.model.median_rate))
         if self.address.terminating:
             self.state = "draining"

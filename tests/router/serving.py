@@ -12,7 +12,8 @@ import httpx
 from openai import AsyncOpenAI
 
 from services.fleet import StaticFleet
-from services.router import Router, RouterConfig
+from services.router.config import RouterConfig
+from services.router.router import Router
 from services.router.routing import Policy
 from services.router.server import HttpServer
 from tests.fakes import FakeEngine, FakeWorker

@@ -73,7 +73,7 @@ async def test_conversations_stay_where_their_history_is():
 
 async def test_round_robin_loses_them():
     reusable, hit, requests, _ = await converse(RoundRobin())
-    assert hit < 0.5 * reusable
+    assert hit < 0.7 * reusable
     assert max(requests) - min(requests) <= 1
 
 

@@ -7,7 +7,7 @@ import json
 import openai
 import pytest
 
-from services.router import RouterConfig
+from services.router.config import RouterConfig
 from tests.fakes import FakeEngine
 from tests.fakes.until import until
 from tests.router.serving import chat, serving

@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from services.router import RouterConfig
+from services.router.config import RouterConfig
 from tests.fakes import EOS, FakeEngine
 from tests.router.serving import chat, serving
 

@@ -5,8 +5,8 @@ from services.wire.messages import Stats
 from tests.router.workers import hello
 
 
-def stats(running=0, decode_step_s=0.0, store=0.0):
-    return Stats(running, 0, 0, 100, 1000.0, decode_step_s, store)
+def stats(running=0, decode_step_s=0.0, store=0.0, prefill=0.0):
+    return Stats(running, 0, 0, 100, prefill, decode_step_s, store)
 
 
 def test_starts_from_the_warm_up_then_from_the_pool():
@@ -20,6 +20,17 @@ def test_converges_to_the_true_rate():
     for _ in range(100):
         rates.learn_prefill(1000, 1000 / 3000.0, pool_median=4000.0)
     assert rates.prefill == pytest.approx(3000, rel=0.02)
+
+
+def test_believes_the_worker_until_a_prefill_tells_better():
+    rates = Rates(hello(rate=100.0), None)
+    rates.learn_stats(stats(prefill=400.0))
+    assert rates.prefill == 400.0
+    rates.learn_prefill(1000, 1000 / 600.0, pool_median=400.0)
+    learned = rates.prefill
+    assert learned == pytest.approx(410.0)
+    rates.learn_stats(stats(prefill=100.0))
+    assert rates.prefill == learned
 
 
 def test_ignores_short_prefills():

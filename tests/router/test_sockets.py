@@ -9,7 +9,7 @@ import struct
 import pytest
 
 import services.router.server as server_module
-from services.router import RouterConfig
+from services.router.config import RouterConfig
 from tests.fakes import FakeEngine
 from tests.fakes.until import until
 from tests.router.serving import chat, serving
@@ -68,9 +68,15 @@ async def test_a_head_that_never_ends_is_cut_off(monkeypatch):
     monkeypatch.setattr(server_module, "HEAD_TIMEOUT_S", 0.2)
     async with serving() as served:
         assert (await talk(served.port, b"POST /v1/chat")).startswith(b"HTTP/1.1 408")
-        assert (await talk(served.port)).startswith(b"HTTP/1.1 408")
         kept = await talk(served.port, post(SHORT), b"POST /v1")
         assert [part[:3] for part in kept.split(b"HTTP/1.1 ")[1:]] == [b"200", b"408"]
+
+
+async def test_a_connection_without_a_request_is_closed(monkeypatch):
+    monkeypatch.setattr(server_module, "KEEP_ALIVE_S", 0.2)
+    async with serving() as served:
+        assert await talk(served.port) == b""
+        assert (await talk(served.port, post(SHORT))).startswith(b"HTTP/1.1 200")
 
 
 async def test_a_head_without_bounds_is_cut_off():

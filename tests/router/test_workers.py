@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from services.fleet import Address
-from services.router import Router, RouterConfig
+from services.router.config import RouterConfig
+from services.router.router import Router
 from services.wire.messages import ModelCard, TextAssets
 from tests.fakes import FakeEngine, FakeWorker
 from tests.fakes.until import until
@@ -130,14 +131,14 @@ async def test_a_worker_whose_tokenizer_is_broken_says_why_and_others_serve(monk
             served.router.pool._follow(fleet)
             address = f"{other.host}:{other.port}"
             problems = served.router.pool.workers[other.host, other.port]
-            await until(lambda: problems.problem)
+            await until(lambda: "tokenizer" in problems.problem)
             answer = (await served.http.get("/ready")).json()
             assert answer["ready_workers"] == 1
             assert "tokenizer cannot be read" in answer["problems"][address]
             assert (await served.http.post(CHAT, json=chat(max_tokens=1))).status_code == 200
 
 
-async def test_a_wrong_secret_keeps_the_worker_out(caplog):
+async def test_ready_says_why_workers_are_not_connected():
     scripted = ScriptedFleet()
     async with (
         Router(RouterConfig(channel_secret=b"wrong"), scripted) as router,
@@ -145,7 +146,8 @@ async def test_a_wrong_secret_keeps_the_worker_out(caplog):
     ):
         await until(lambda: scripted.report)
         scripted.set(a)
-        await until(lambda: any("refused" in record.message for record in caplog.records))
+        (worker,) = router.pool.workers.values()
+        await until(lambda: "refused" in worker.problem)
         assert router.pool.ready == 0
 
 
@@ -176,6 +178,20 @@ async def test_two_models_are_served_side_by_side():
         assert (await served.http.get("/v1/models/second-model")).status_code == 200
         answer = await served.http.post(CHAT, json=chat() | {"model": "second-model"})
         assert answer.status_code == 503
+
+
+async def test_what_was_tokenised_for_another_tokenizer_is_not_served():
+    async with serving(FakeEngine(max_running=1)) as served:
+        served.engines[0].stall()
+        tasks = [asyncio.create_task(served.http.post(CHAT, json=chat(max_tokens=1))) for _ in range(3)]
+        await until(lambda: len(served.router.pool.models["fake"].queue) == 1)
+        await served.workers[0].stop()
+        served.workers[0].words = ("hello",)
+        await served.workers[0].start()
+        answers = [await task for task in tasks]
+        assert {answer.status_code for answer in answers} == {503}
+        assert {answer.json()["error"]["code"] for answer in answers} == {"replaced"}
+        assert (await served.http.post(CHAT, json=chat(max_tokens=1))).status_code == 200
 
 
 async def test_an_updated_model_is_known_by_its_newest_card():
