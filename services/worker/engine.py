@@ -230,6 +230,8 @@ class Engine:
         self._committed_s = now
         outputs = commit(self._scheduler, step.plan, sampled, now, self.counters)
         if self._write_behind is not None:
+            for chunk in step.plan.chunks:
+                self._write_behind.add_missing(chunk.sequence, chunk.write_from // self._config.block_size)
             self._write_behind.add(step.plan.filled)
             for chunk in step.plan.chunks:
                 if chunk.samples:

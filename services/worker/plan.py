@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from services.worker.sequence import Sequence
+from services.worker.sequence import FilledBlock, Sequence
 
 
 class Chunk(NamedTuple):
@@ -16,18 +16,6 @@ class Chunk(NamedTuple):
     length: int
     write_from: int  # tokens before this one only attend: their KV is in shared pages already
     samples: bool  # the chunk ends at the sequence's end and yields its next token
-
-
-class FilledBlock(NamedTuple):
-    """A block that a step completes, wherever it goes from there."""
-
-    hash: bytes
-    parent: bytes
-    depth: int
-    page: int
-    priority: int
-    ttl_s: float | None
-    tenant: str
 
 
 @dataclass(slots=True)

@@ -21,8 +21,8 @@ from itertools import count
 from typing import Protocol
 
 from services.worker.pages import PagePool
-from services.worker.plan import Chunk, FilledBlock, StepPlan
-from services.worker.sequence import Phase, Sequence
+from services.worker.plan import Chunk, StepPlan
+from services.worker.sequence import FilledBlock, Phase, Sequence
 
 #: Share of the pages kept free at admission, so that running sequences can grow before one is preempted.
 _WATERMARK = 0.01
@@ -299,11 +299,9 @@ class Scheduler:
 
     def _register(self, sequence: Sequence, index: int) -> FilledBlock:
         """Name the sequence's own page of block `index`."""
-        hash, parent, page = sequence.hashes[index], sequence.parent(index), sequence.pages[index]
-        self.pool.register(page, hash, parent)
-        return FilledBlock(
-            hash, parent, index, page, *sequence.retention(index), tenant=sequence.request.tenant
-        )
+        block = sequence.block(index, sequence.pages[index])
+        self.pool.register(block.page, block.hash, block.parent)
+        return block
 
     def _share(self, sequence: Sequence, index: int, page: int, now: float) -> None:
         """Use `page` for block `index` in place of the sequence's own."""

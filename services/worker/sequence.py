@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from enum import Enum
 from itertools import islice
+from typing import NamedTuple
 
 from services.wire.hashes import chain_hashes, pack_tokens
 from services.wire.messages import DEFAULT_PRIORITY
@@ -17,6 +18,18 @@ class Phase(Enum):
     PREFILL = "prefill"  # known tokens are left to compute
     DECODE = "decode"  # one token a step
     FINISHED = "finished"
+
+
+class FilledBlock(NamedTuple):
+    """A full block in its page, wherever it goes from there."""
+
+    hash: bytes
+    parent: bytes
+    depth: int
+    page: int
+    priority: int
+    ttl_s: float | None
+    tenant: str
 
 
 class Sequence:
@@ -99,6 +112,12 @@ class Sequence:
         if len(self.tokens) >= (named + 1) * self._block_size:
             rest = pack_tokens(islice(self.tokens, named * self._block_size, None))
             self.hashes += chain_hashes(self.parent(named), rest, self._block_size)
+
+    def block(self, index: int, page: int) -> FilledBlock:
+        """Block `index`, which is full and in `page`."""
+        priority, ttl_s = self.retention(index)
+        tenant = self.request.tenant
+        return FilledBlock(self.hashes[index], self.parent(index), index, page, priority, ttl_s, tenant)
 
     def retention(self, index: int) -> tuple[int, float | None]:
         """(priority, ttl_s) that the request asks for block `index`; blocks it does not mention: default."""

@@ -5,16 +5,14 @@ Neither ever makes a step wait. Both run on the engine's thread; the tier's own 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
 from services.worker.counters import Counters
 from services.worker.kv import KVCache
 from services.worker.pages import PagePool
-from services.worker.plan import FilledBlock
 from services.worker.rates import Rates
-from services.worker.sequence import Sequence
+from services.worker.sequence import FilledBlock, Sequence
 from services.worker.tiers import Load, LoadResult, OfferedBlock, StoreTier
 
 #: Share of a step's time that copying pages out may take after it.
@@ -83,17 +81,27 @@ class WriteBehind:
         self._pool = pool
         self._counters = counters
         self._clock = clock
-        self._queue: deque[FilledBlock] = deque()
+        self._queue: dict[bytes, FilledBlock] = {}
         self._copy_s = 0.0  # mean seconds a page
 
     def __bool__(self) -> bool:
         return bool(self._queue)
 
     def add(self, filled: Iterable[FilledBlock]) -> None:
-        self._queue.extend(filled)
+        """Queue blocks, parents before their children."""
+        self._queue.update((block.hash, block) for block in filled)
         while len(self._queue) > self._pool.pages:  # more than there are pages cannot all be there still
-            self._queue.popleft()
+            self._next()
             self._counters.unoffered_blocks += 1
+
+    def add_missing(self, sequence: Sequence, blocks: int) -> None:
+        """Queue those of the first `blocks` blocks of a sequence that are here and not in the store, which
+        may have lost or never had them: it takes no block without its parent."""
+        hashes = sequence.hashes[:blocks]
+        for index, wanted in enumerate(self._store.wants(hashes)):
+            page = self._pool.lookup(hashes[index])
+            if wanted and page is not None:
+                self.add([sequence.block(index, page)])
 
     def retain(self, sequence: Sequence) -> None:
         """A prompt is computed: pass on what it says of its blocks, for those that it hit are not offered."""
@@ -115,7 +123,7 @@ class WriteBehind:
             most = 1
         present: list[FilledBlock] = []
         while self._queue and len(present) < most:
-            block = self._queue.popleft()
+            block = self._next()
             if self._pool.lookup(block.hash) == block.page:
                 present.append(block)
             else:
@@ -144,3 +152,7 @@ class WriteBehind:
         taken = self._store.offer(offers)
         self._counters.offered_blocks += taken
         self._counters.unoffered_blocks += len(offers) - taken
+
+    def _next(self) -> FilledBlock:
+        """Take the oldest out of the queue."""
+        return self._queue.pop(next(iter(self._queue)))

@@ -188,6 +188,18 @@ def test_blocks_that_the_store_has_or_has_no_room_for_are_not_copied_again() -> 
     assert stepped.held["store"] == set(store.blocks)
 
 
+def test_what_the_store_lost_is_offered_again_on_the_next_hit_parents_first() -> None:
+    store = MemoryStore()
+    stepped = Stepped(store, max_step_tokens=50)
+    stepped.run([make_request("a", prompt(70))])
+    stepped.settle()
+    store.blocks.clear()
+    longer = make_request("b", prompt(200))
+    stepped.run([longer])
+    stepped.settle()
+    assert [block.hash for block in store.blocks.values()][: len(longer.hashes)] == list(longer.hashes)
+
+
 def test_copies_after_a_step_take_a_share_of_its_time() -> None:
     store = MemoryStore()
     stepped = Stepped(store, max_step_tokens=512)
