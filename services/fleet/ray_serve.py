@@ -34,6 +34,7 @@ class RayServeFleet:
         self.app = app
         self.deployment = deployment
         self._handle: Any = None  # Serve polls for as long as somebody holds it
+        self._problem = ""
 
     async def run(self, on_change: OnChange) -> None:
         loop = asyncio.get_running_loop()
@@ -59,6 +60,8 @@ class RayServeFleet:
             # Serve builds the request router, and begins to poll, when options are first asked for.
             self._handle = serve.get_deployment_handle(self.deployment, self.app).options()
         except (ConnectionError, RayError, RayServeException, KeyError) as error:
-            logger.info("no Serve deployment %s/%s yet: %s", self.app, self.deployment, error)
+            if str(error) != self._problem:
+                self._problem = str(error)
+                logger.info("no Serve deployment %s/%s yet: %s", self.app, self.deployment, error)
             return False
         return True

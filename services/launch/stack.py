@@ -73,10 +73,11 @@ async def _serve(options: Options, supervisor: Supervisor, redis_url: str) -> No
         **os.environ,
         **ray_environment(),
         "REPRISE_CHANNEL_SECRET": os.environ.get("REPRISE_CHANNEL_SECRET") or secrets.token_hex(32),
+        "REDIS_URL": redis_url,  # it may hold a password, which command lines would show to everybody
     }
 
     _say("starting Ray and the cache store")
-    worker = {"model": str(options.model.resolve()), "redis_url": redis_url, "store_bytes": STORE_BYTES}
+    worker = {"model": str(options.model.resolve()), "store_bytes": STORE_BYTES}
     workers = supervisor.start(
         "workers",
         "services.launch.ray_host",
@@ -88,7 +89,7 @@ async def _serve(options: Options, supervisor: Supervisor, redis_url: str) -> No
     store = supervisor.start(
         "cache store",
         "services.cache_store",
-        *("--redis", redis_url, "--capacity", str(STORE_BYTES)),
+        *("--capacity", str(STORE_BYTES)),
         environment=environment,
         piped=True,
     )

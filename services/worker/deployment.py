@@ -1,7 +1,8 @@
 """Workers as a Ray Serve deployment: Ray Serve places, restarts, scales and updates them and sees no token.
 
 Every replica is the worker of `process.py` in Serve's event loop. It opens its own token channel on a free
-port and publishes where, which is how routers find it (`services.fleet.ray_serve`). On a cluster:
+port and publishes where, which is how routers find it (`services.fleet.ray_serve`). On a cluster, with
+REDIS_URL and REPRISE_CHANNEL_SECRET in the environment of Ray's nodes:
 
     serve run services.worker.deployment:app replicas=8 worker='{model: /models/m, device: cuda}'
 
@@ -46,7 +47,9 @@ class WorkerReplica:
         settings = {
             "name": f"worker-{serve.get_replica_context().replica_id.unique_id}",
             "host": self.host,
+            # Serve shows arguments to whoever asks it, so what holds a password comes in the environment.
             "secret": os.environ.get("REPRISE_CHANNEL_SECRET", "").encode(),
+            "redis_url": os.environ.get("REDIS_URL"),
             **args.worker,
         }
         settings["engine"] = EngineConfig(**settings.get("engine", {}))

@@ -15,7 +15,6 @@ CHANNEL_SECRET = b"the secret of the tests in this folder"
 
 # Ray reads some of these when it is imported, which the test modules do.
 os.environ.update(ray_environment())
-os.environ["RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = "0.5"  # 10 s by default
 
 
 @pytest.fixture(scope="package")

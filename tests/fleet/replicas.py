@@ -48,13 +48,14 @@ def one_more_where_work_waits(context: AutoscalingContext) -> tuple[int, dict[st
     return 2 if any(wait > 1 for wait in waits) else 1, {}
 
 
-AUTOSCALING = AutoscalingConfig(
-    min_replicas=1,
-    max_replicas=2,
-    upscale_delay_s=0,
-    metrics_interval_s=0.5,
-    policy=AutoscalingPolicy(policy_function="tests.fleet.replicas:one_more_where_work_waits"),
-)
+def scaled() -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=1,
+        max_replicas=2,
+        upscale_delay_s=0,
+        metrics_interval_s=0.5,  # deprecated, but what is to replace it does nothing in 2.60
+        policy=AutoscalingPolicy(policy_function="tests.fleet.replicas:one_more_where_work_waits"),
+    )
 
 
 def light_app(

@@ -15,7 +15,7 @@ from ray import serve
 from services.fleet.base import Address
 from services.fleet.ray_serve import RayServeFleet
 from tests.fakes.until import until
-from tests.fleet.replicas import AUTOSCALING, light_app
+from tests.fleet.replicas import light_app, scaled
 
 pytestmark = [pytest.mark.slow]
 
@@ -69,6 +69,7 @@ async def test_the_fleet_is_the_addresses_that_the_replicas_published(watch: Wat
     assert len(pids) == 2
 
 
+@pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
 async def test_a_fleet_may_be_there_before_its_deployment_and_sees_it_scale_on_recorded_stats(
     app: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -77,7 +78,7 @@ async def test_a_fleet_may_be_there_before_its_deployment_and_sees_it_scale_on_r
     task = asyncio.create_task(RayServeFleet("later", "Worker").run(watch.sets.append))
     await until(lambda: "no Serve deployment later/Worker yet" in caplog.text, DEADLINE_S)
     await asyncio.to_thread(
-        serve.run, light_app(tmp_path, autoscaling=AUTOSCALING), name="later", route_prefix=None
+        serve.run, light_app(tmp_path, autoscaling=scaled()), name="later", route_prefix=None
     )
     await watch.until(lambda addresses: len(addresses) == 2)
     assert 1 in {len(addresses) for addresses in watch.sets}

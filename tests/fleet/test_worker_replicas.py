@@ -23,7 +23,7 @@ from tests.wire.peers import Listener
 pytestmark = [pytest.mark.slow]
 
 DEADLINE_S = 60
-STREAMS, TOKENS = 16, 900
+STREAMS, TOKENS = 8, 900
 
 
 def args(model: Path, max_running: int = STREAMS) -> deployment.AppArgs:

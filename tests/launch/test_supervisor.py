@@ -102,3 +102,13 @@ async def test_a_piped_child_speaks_to_us_and_not_to_its_log(tmp_path: Path) -> 
         assert await asyncio.to_thread(child.process.stdout.readline) == b"I am talkative\n"
         child.process.stdout.close()
     assert child.log.read_text() == ""
+
+
+async def test_children_end_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
+    async with Supervisor(tmp_path) as children:
+        parent = start(children, "supervisor")
+        await until(lambda: len(parent.log.read_text().splitlines()) == 2)
+        pid = int(parent.log.read_text().splitlines()[1])
+        assert session_members(pid) == [pid]
+        parent.process.kill()
+        await until(lambda: session_members(pid) == [])
