@@ -71,6 +71,8 @@ $(VENV)/constraints.txt: constraints.txt | $(VENV)/bin/python
 	  sys.exit(any(r.startswith("triton") for r in m.requires("torch")))'; then cp constraints.txt $@; fi
 
 $(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "reprise needs Python 3.11 or later; there is no $(PYTHON): apt install python3 python3-venv" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "reprise needs Python 3.11 or later, $(PYTHON) is $$($(PYTHON) -V 2>&1 | tail -n 1); try make PYTHON=python3.12" >&2; \
 	  exit 1; }

@@ -30,7 +30,9 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m services.launch", description="Serve a model on this machine."
+        prog="python -m services.launch",
+        usage=argparse.SUPPRESS,  # an error is one line
+        description="Serve a model on this machine: python -m services.launch --model PATH",
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="PATH", help="a .gguf file or a Hugging Face folder")

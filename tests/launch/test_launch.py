@@ -54,7 +54,8 @@ def test_a_number_of_workers_that_makes_no_sense_is_refused(workers: str) -> Non
     with Started("--model", str(DEMO_MODEL), "--workers", workers) as started:
         code, errors = started.end()
     assert code == 2
-    assert errors.splitlines()[-1].endswith(f"argument --workers: must be from 1 to 64, got '{workers}'")
+    (line,) = errors.splitlines()
+    assert line.endswith(f"argument --workers: must be from 1 to 64, got '{workers}'")
 
 
 @pytest.mark.slow
