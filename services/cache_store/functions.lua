@@ -39,7 +39,7 @@ local function open(keys)
     blocks = keys[1], leaves = keys[2], writing = keys[3], retained = keys[4], expiring = keys[5],
     bytes = keys[6], config = keys[7], dropped = keys[8], counts = keys[9],
     now = clock[1] * 1000 + math.floor(clock[2] / 1000),
-    records = {}, changed = {}, charges = {}, gone = {}, keep = {},
+    records = {}, changed = {}, charges = {}, gone = {},
     passed = {}, passed_count = 0, passed_score = 0, examined = 0, victims = 0,
   }
 end
@@ -154,6 +154,7 @@ local function remove(store, id)
   save(store, id, false)
   if record.parent == ROOT then return end
   local parent = get(store, record.parent)
+  if not parent then return end
   parent.children = parent.children - 1
   parent.last = math.max(parent.last, record.last)
   save(store, record.parent, parent)
@@ -162,14 +163,17 @@ local function remove(store, id)
 end
 
 -- Evicts the leaf that is first in order of (effective priority, last use). False if none is left that may
--- go: not leased, not part of this call's prefix, of at most `max_priority`.
+-- go: not leased, of at most `max_priority`.
 local function evict_one(store, max_priority)
   while store.examined < MAX_EXAMINED do
     store.examined = store.examined + 1
     local head = redis.call('ZRANGE', store.leaves, store.passed_count, store.passed_count, 'WITHSCORES')
     local id, score = head[1], tonumber(head[2])
     if not id or math.floor(score / PRIORITY_STEP) > max_priority then return false end
-    if store.keep[id] or get(store, id).lease > store.now then
+    local record = get(store, id)
+    if not record then
+      dequeue(store, id)
+    elseif record.lease > store.now then
       store.passed[id], store.passed_count, store.passed_score = true, store.passed_count + 1, score
     else
       store.victims = store.victims + 1
@@ -188,7 +192,7 @@ end
 local function read_retentions(store, id, record)
   local list = {}
   if record.retained == 1 then
-    local packed = redis.call('HGET', store.retained, id)
+    local packed = redis.call('HGET', store.retained, id) or ''
     for at = 1, #packed, RETENTION_BYTES do
       local owner, priority, ttl, expires = struct.unpack(RETENTION, packed, at)
       list[#list + 1] = {owner = owner, priority = priority, ttl = ttl, expires = expires}
@@ -266,9 +270,24 @@ end
 
 -- ---- upkeep ------------------------------------------------------------------------------------------
 
+-- Redis may have been told to evict keys on its own, or somebody deletes one: records without a queue, or a
+-- queue without records. That cannot be mended, only begun anew, and a changed identity tells the workers.
+-- What the rest of this file does not find, it therefore passes over.
+local function begin_anew_unless_books_add_up(store)
+  local blocks = redis.call('HLEN', store.blocks)
+  local ends = redis.call('ZCARD', store.leaves) + redis.call('ZCARD', store.writing)
+  if (blocks == 0) == (ends == 0) and (blocks == 0) == (total(store) == 0) then return end
+  redis.call('UNLINK', store.blocks, store.leaves, store.writing, store.retained, store.expiring, store.bytes)
+  redis.call('HDEL', store.config, 'identity')
+  count(store, 'begun_anew', 1)
+  store.records, store.total = {}, nil
+end
+
 local function reap(store, limit)
   local due = redis.call('ZRANGEBYSCORE', store.writing, '-inf', store.now, 'LIMIT', 0, limit)
-  for _, id in ipairs(due) do remove(store, id) end
+  for _, id in ipairs(due) do
+    if get(store, id) then remove(store, id) else redis.call('ZREM', store.writing, id) end
+  end
   count(store, 'reaped', #due)
   return #due
 end
@@ -277,7 +296,11 @@ local function expire(store, limit)
   local due = redis.call('ZRANGEBYSCORE', store.expiring, '-inf', store.now, 'LIMIT', 0, limit)
   for _, id in ipairs(due) do
     local record = get(store, id)
-    settle_retentions(store, id, record, read_retentions(store, id, record))
+    if record then
+      settle_retentions(store, id, record, read_retentions(store, id, record))
+    else
+      redis.call('ZREM', store.expiring, id)
+    end
   end
   count(store, 'expired', #due)
   return #due
@@ -355,6 +378,7 @@ register('reserve', function(keys, args)
   local store = open(keys)
   local capacity = tonumber(redis.call('HGET', store.config, 'capacity'))
   if not capacity then return redis.error_reply('UNCONFIGURED the store has no capacity') end
+  begin_anew_unless_books_add_up(store)
   reap(store, MAX_DUE)
   expire(store, MAX_DUE)
   local deadline = store.now + math.min(tonumber(args[1]), MAX_RESERVATION_MS)
@@ -365,16 +389,16 @@ register('reserve', function(keys, args)
   end
   local fence = struct.pack('>I7', number)
 
-  local blocks, ids = {}, {}
+  local blocks, ids, asked = {}, {}, {[ROOT] = true}
+  local function ask(id)
+    if not asked[id] then ids[#ids + 1] = id end
+    asked[id] = true
+  end
   for i = 2, #args do
     local id, parent, owner, size, priority, ttl = struct.unpack(RESERVE_BLOCK, args[i])
     blocks[i - 1] = {id = id, parent = parent, owner = owner, size = size, priority = priority, ttl = ttl}
-    ids[#ids + 1] = id
-    store.keep[id] = true
-    if parent ~= ROOT and not store.keep[parent] then
-      store.keep[parent] = true
-      ids[#ids + 1] = parent
-    end
+    ask(id)
+    ask(parent)
   end
   fetch(store, ids)
 
@@ -497,6 +521,7 @@ end, {'allow-oom'})
 -- target bytes, reason -> names of dropped payloads, the total after it, 1 if a further call could evict more
 register('evict', function(keys, args)
   local store = open(keys)
+  begin_anew_unless_books_add_up(store)
   reap(store, MAX_DUE)
   expire(store, MAX_DUE)
   local target = tonumber(args[1])
@@ -506,11 +531,12 @@ register('evict', function(keys, args)
   return {table.concat(store.gone), total(store), store.victims >= MAX_VICTIMS and 1 or 0}
 end, {'allow-oom'})
 
--- limit -> reservations reaped, retentions expired, names of dropped payloads
+-- limit (at most 1,024) -> reservations reaped, retentions expired, names of dropped payloads
 register('upkeep', function(keys, args)
   local store = open(keys)
-  local reaped = reap(store, tonumber(args[1]))
-  local expired = expire(store, tonumber(args[1]))
+  begin_anew_unless_books_add_up(store)
+  local limit = math.min(tonumber(args[1]), 1024)
+  local reaped, expired = reap(store, limit), expire(store, limit)
   close(store)
   return {reaped, expired, table.concat(store.gone)}
 end, {'allow-oom'})

@@ -84,8 +84,8 @@ class NewBlock:
     ttl_ms: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.size <= MAX_BLOCK_BYTES:
-            raise ValueError(f"size must be 0 to {MAX_BLOCK_BYTES} bytes, got {self.size}")
+        if not 1 <= self.size <= MAX_BLOCK_BYTES:
+            raise ValueError(f"size must be 1 to {MAX_BLOCK_BYTES} bytes, got {self.size}")
         _check_priority(self.priority)
 
 

@@ -121,9 +121,11 @@ class StoreWriter:
 
     def _check_identity(self) -> None:
         identity = self._store.identity()
-        if identity is not None and identity != self._identity:
-            self._known.clear()
-            self._identity = identity
+        if identity is None:
+            return
+        if self._identity is not None and identity != self._identity:
+            self._known.clear()  # the store was emptied
+        self._identity = identity
 
     def _write(self, batch: Sequence[OfferedBlock]) -> None:
         report = self._store.write(

@@ -71,15 +71,12 @@ class Oracle:
     def rank(self, block: Block) -> tuple[int, int]:
         return self.priority(block), block.last
 
-    def victims(self, max_priority: int, keep: set[bytes]) -> list[Block]:
+    def victims(self, max_priority: int) -> list[Block]:
         """The leaves that may go next: more than one only if they rank alike."""
         leaves = [
             block
             for block in self.blocks.values()
-            if self.is_leaf(block)
-            and block.lease <= self.now
-            and block.hash not in keep
-            and self.priority(block) <= max_priority
+            if self.is_leaf(block) and block.lease <= self.now and self.priority(block) <= max_priority
         ]
         return [block for block in leaves if self.rank(block) == min(map(self.rank, leaves))]
 
@@ -175,12 +172,9 @@ class Oracle:
         already = set(self.dropped)
         self.upkeep()
         evicted = [name for name in reply.dropped if name not in self.dropped - already]
-        keep = {hash_ for block in blocks for hash_ in (block.hash, block.parent)}
-        return [self.reserve_block(block, life_ms, reply.fence, keep, evicted) for block in blocks]
+        return [self.reserve_block(block, life_ms, reply.fence, evicted) for block in blocks]
 
-    def reserve_block(
-        self, new: NewBlock, life_ms: int, fence: bytes, keep: set[bytes], evicted: list[bytes]
-    ) -> str:
+    def reserve_block(self, new: NewBlock, life_ms: int, fence: bytes, evicted: list[bytes]) -> str:
         known = self.blocks.get(new.hash)
         if known is not None and known.state in (READY, WRITING):
             if known.state == READY:
@@ -194,7 +188,7 @@ class Oracle:
         known.state, known.owner, known.fence = WRITING, new.owner, fence
         known.deadline, known.lease, known.readers = self.now + life_ms, 0, 0
         while self.total() + new.size > self.capacity:
-            allowed = {block.name: block for block in self.victims(new.priority, keep)}
+            allowed = {block.name: block for block in self.victims(new.priority)}
             if not allowed:
                 assert evicted.pop(0) == known.name
                 self.remove(known)
@@ -239,8 +233,8 @@ class Oracle:
         already = set(self.dropped)
         self.upkeep()
         for name in [name for name in dropped if name not in self.dropped - already]:
-            allowed = {block.name: block for block in self.victims(MAX_PRIORITY, set())}
+            allowed = {block.name: block for block in self.victims(MAX_PRIORITY)}
             assert name in allowed, "the server evicted a block out of order"
             assert self.total() > target, "the server evicted more than it was asked to"
             self.remove(allowed[name])
-        assert self.total() <= target or not self.victims(MAX_PRIORITY, set())
+        assert self.total() <= target or not self.victims(MAX_PRIORITY)

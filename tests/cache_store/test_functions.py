@@ -186,6 +186,19 @@ def test_leaves_go_first_and_the_least_recently_used_of_them(store: Store) -> No
     assert order == [old[2], *reversed(new), *reversed(old[:2])]
 
 
+def test_a_parent_that_ranks_below_a_leased_block_is_next_when_its_child_has_gone(store: Store) -> None:
+    parent, child = chain("a", 2)
+    (leased,) = chain("leased", 1)
+    store.store([parent], priority=10)
+    store.store([leased], priority=20)
+    reserved = store.calls.reserve([NewBlock(child, parent, 100, ALICE, priority=30)], 1000)
+    store.calls.commit(reserved.fence, [child])
+    store.store(chain("precious", 1), priority=40)
+    store.calls.lookup([leased], ALICE, 10_000)
+    dropped, _, _ = store.calls.evict(200)
+    assert [name[:16] for name in dropped] == [child, parent]
+
+
 def test_a_block_never_pushes_out_one_of_higher_priority(store: Store) -> None:
     precious = chain("precious", 10)
     assert store.store(precious, priority=90) == "W" * 10
@@ -307,6 +320,25 @@ def test_all_that_the_functions_touch_is_declared_and_in_one_cluster_slot(store:
     assert all(b":{s0}:" in key for key in touched)
 
 
+@pytest.mark.parametrize("key", ["blocks", "leaves", "writing", "retained", "expiring", "bytes", "dropped"])
+def test_a_store_that_loses_one_of_its_keys_goes_on_at_worst_from_empty(store: Store, key: str) -> None:
+    identity = store.calls.attach(None)
+    for i in range(8):
+        store.store(chain(f"old {i}", 1), priority=i, ttl_ms=1000 if i % 2 else None)
+    store.client.delete(store.calls.key[key])
+    store.turn_clock(2000)
+    store.calls.upkeep(100)
+    for i in range(30):
+        assert store.store(chain(f"new {i}", 3), priority=90) == "WWW"
+    usage = store.calls.usage()
+    assert usage.total == sum(record.size for record in store.records().values()) <= 1000
+    assert usage.blocks == len(store.records())
+    assert usage.leaves == sum(record.children == 0 for record in store.records().values())
+    if key in ("blocks", "leaves", "bytes"):
+        assert usage.counts["begun_anew"] == 1
+        assert store.calls.attach(None) != identity, "so that workers forget what they believe"
+
+
 def test_a_store_without_a_capacity_refuses_and_says_why(redis: Redis) -> None:
     with pytest.raises(Unconfigured, match="no capacity"):
         StoreFunctions(redis).reserve(new_blocks(chain("a", 1)), 1000)
@@ -333,7 +365,7 @@ def test_peek_and_lookup_of_nothing_are_nothing(store: Store) -> None:
         (lambda calls: calls.peek([bytes(16)] * (MAX_BLOCKS + 1)), "at most 1024 blocks in a call, got 1025"),
         (lambda calls: calls.retain([bytes(16)], ALICE, 101, None), "priority must be 0 to 100, got 101"),
         (lambda calls: calls.configure(0), "capacity must be positive, got 0"),
-        (lambda calls: NewBlock(bytes(16), ROOT, 1 << 32, ALICE), "size must be 0 to 4294967295 bytes, got"),
+        (lambda calls: NewBlock(bytes(16), ROOT, 1 << 32, ALICE), "size must be 1 to 4294967295 bytes, got"),
         (lambda calls: NewBlock(bytes(16), ROOT, 1, ALICE, priority=-1), "priority must be 0 to 100, got -1"),
     ],
 )
