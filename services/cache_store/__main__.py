@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -14,8 +13,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from services.cache_store.embedded import public_url
 from services.cache_store.service import Upkeep
-
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+from services.options import port, seconds, size
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,35 +51,23 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     default_redis = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
     add("--redis", metavar="URL", default=default_redis, help="default: REDIS_URL, else 127.0.0.1:6379")
-    add("--capacity", type=_size, default="4GiB", metavar="SIZE", help="of the store (default %(default)s)")
+    add(
+        "--capacity",
+        type=size,
+        default="4GiB",
+        metavar="SIZE",
+        help="of the store (default %(default)s)",
+    )
     add("--host", default="127.0.0.1", help="to serve the metrics on (default %(default)s)")
-    add("--metrics-port", type=_port, default=0, metavar="PORT", help="default: any free one")
-    add("--interval", type=_seconds, default=0.5, metavar="S", help="between rounds (default %(default)g)")
+    add("--metrics-port", type=port, default=0, metavar="PORT", help="default: any free one")
+    add(
+        "--interval",
+        type=seconds,
+        default=0.5,
+        metavar="S",
+        help="between rounds (default %(default)g)",
+    )
     return parser
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|)", text)
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"must be a size above 0 such as 512MiB or 4GiB, got {text!r}")
-    return size
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be 0 to 65535, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 3600 seconds, got {text!r}")
-    return seconds
 
 
 def _fail(message: str) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from services.launch.checks import StartError
 from services.launch.stack import Options, run
 from services.launch.supervisor import ChildExited, StopRequested
+from services.options import between
 
 
 def main() -> int:
@@ -36,21 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="PATH", help="a .gguf file or a Hugging Face folder")
-    add("--workers", type=_between(1, 64), default=2, metavar="N", help="(default %(default)s)")
-    add("--port", type=_between(1, 65535), default=8000, metavar="N", help="(default %(default)s)")
+    add("--workers", type=between(1, 64), default=2, metavar="N", help="(default %(default)s)")
+    add("--port", type=between(1, 65535), default=8000, metavar="N", help="(default %(default)s)")
     return parser
-
-
-class _between:
-    """An argparse type: whole numbers from `least` to `most`."""
-
-    def __init__(self, least: int, most: int) -> None:
-        self.least, self.most = least, most
-
-    def __call__(self, text: str) -> int:
-        if not text.isdigit() or not self.least <= int(text) <= self.most:
-            raise argparse.ArgumentTypeError(f"must be from {self.least} to {self.most}, got {text!r}")
-        return int(text)
 
 
 if __name__ == "__main__":

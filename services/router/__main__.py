@@ -19,6 +19,7 @@ from pathlib import Path
 import uvloop
 
 from services.fleet import Fleet, StaticFleet
+from services.options import port
 from services.router.config import RouterConfig
 from services.router.router import Router
 from services.router.server import HttpServer
@@ -121,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    add("--port", type=_port, default=8000, help="0 = any free one (default %(default)s)")
+    add("--port", type=port, default=8000, help="0 = any free one (default %(default)s)")
     add("--fleet", choices=["static", "ray"], default="static", help="how workers are found (%(default)s)")
     add("--workers", metavar="HOST:PORT,…", help="their token channels, for --fleet static")
     add("--ray-app", default="reprise", help="Ray Serve application, for --fleet ray (%(default)s)")
@@ -175,12 +176,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--drain-timeout", type=float, default=120.0, metavar="S", help="seconds (default %(default)g)")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import uvloop
 
+from services.options import between, port, size
 from services.worker.config import EngineConfig
 from services.worker.process import Worker, WorkerConfig
 
@@ -25,8 +25,6 @@ log = logging.getLogger("services.worker")
 
 #: A stuck engine must not keep the process for longer than this once its requests are done or given up.
 STOP_TIMEOUT_S = 10.0
-
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,8 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="PATH", help="a .gguf file or a Hugging Face folder")
     add("--name", default=f"{socket.gethostname()}-{os.getpid()}", help="id of this worker in the fleet")
     add("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    add("--port", type=_port, default=0, help="of the token channel; 0 = any free one (default)")
-    add("--metrics-port", type=_port, default=0, help="of /metrics, /health and /ready; 0 = any free one")
+    add("--port", type=port, default=0, help="of the token channel; 0 = any free one (default)")
+    add(
+        "--metrics-port",
+        type=port,
+        default=0,
+        help="of /metrics, /health and /ready; 0 = any free one",
+    )
     add(
         "--secret-file",
         type=Path,
@@ -109,14 +112,25 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         help="float32, bfloat16 or float16; by default float32 on the CPU, the model's own elsewhere",
     )
-    add("--threads", type=_positive, help="CPU threads; by default PyTorch's choice")
-    add("--kv-memory", type=_size, default="1GiB", metavar="SIZE", help="for KV pages (default %(default)s)")
+    add("--threads", type=between(1, 4096), help="CPU threads; by default PyTorch's choice")
+    add(
+        "--kv-memory",
+        type=size,
+        default="1GiB",
+        metavar="SIZE",
+        help="for KV pages (default %(default)s)",
+    )
     add("--block-size", type=int, default=16, help="tokens a block, the same in the whole deployment (16)")
     add("--max-running", type=int, default=16, help="sequences in one step (default %(default)s)")
     add("--max-step-tokens", type=int, default=512, help="tokens computed in one step (default %(default)s)")
     add("--max-model-len", type=int, help="prompt and generated tokens; by default the model's own limit")
     add("--redis", metavar="URL", help="the shared cache store; by default none")
-    add("--store-capacity", type=_size, metavar="SIZE", help="of the whole store, where none is set yet")
+    add(
+        "--store-capacity",
+        type=size,
+        metavar="SIZE",
+        help="of the whole store, where none is set yet",
+    )
     add("--drain-timeout", type=float, default=120.0, metavar="S", help="seconds (default %(default)g)")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser
@@ -153,25 +167,6 @@ def _secret(path: Path | None) -> bytes:
     if not secret:
         raise ValueError(f"--secret-file {path} is empty")
     return secret
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB|)", text)
-    if not match or not (size := int(float(match[1]) * _UNITS[match[2]])):
-        raise argparse.ArgumentTypeError(f"must be a size such as 512MiB or 1.5GiB, got {text!r}")
-    return size
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_a_taken_port_is_one_clear_line_and_exit_code_1(capsys):
         ((), "--workers host:port"),
         (("--workers", "nowhere"), "host:port, got 'nowhere'"),
         (("--workers", "a:1", "--max-queue", "-1"), "max_queue must be at least 0, got -1"),
-        (("--workers", "a:1", "--port", "70000"), "port from 0 to 65535"),
+        (("--workers", "a:1", "--port", "70000"), "must be from 0 to 65535"),
         (("--workers", "a:1", "--secret-file", "/nonexistent"), "No such file"),
         (("--workers", "a:1", "--api-keys-file", "/dev/null"), "/dev/null holds no API key"),
     ],

@@ -144,10 +144,10 @@ def run(capsys, *options):
     [
         ([], "the following arguments are required: --model"),
         (["--block-size", "24"], "block_size must be a power of two from 16 to 128, got 24"),
-        (["--kv-memory", "1GB"], "argument --kv-memory: must be a size such as 512MiB or 1.5GiB, got '1GB'"),
-        (["--kv-memory", "0"], "argument --kv-memory: must be a size such as 512MiB or 1.5GiB, got '0'"),
+        (["--kv-memory", "1GB"], "--kv-memory: must be a size above 0 such as 512MiB or 1.5GiB, got '1GB'"),
+        (["--kv-memory", "0"], "--kv-memory: must be a size above 0 such as 512MiB or 1.5GiB, got '0'"),
         (["--port", "70000"], "argument --port: must be from 0 to 65535, got '70000'"),
-        (["--threads", "0"], "argument --threads: must be at least 1, got '0'"),
+        (["--threads", "0"], "argument --threads: must be from 1 to 4096, got '0'"),
         (["--max-running", "0"], "max_running must be at least 1, got 0"),
         (["--secret-file", "/no/such/file"], "No such file or directory: '/no/such/file'"),
         (["--secret-file", "/dev/null"], "--secret-file /dev/null is empty"),
@@ -185,10 +185,3 @@ def test_a_taken_port_is_one_line(capsys, option):
         port = other.getsockname()[1]
         code, lines = run(capsys, "--model", "/no/such/model", option, str(port))
     assert (code, lines) == (1, [f"error: cannot listen on 127.0.0.1:{port}: Address already in use"])
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("4096", 4096), ("512MiB", 512 << 20), ("1.5GiB", 3 << 29), ("2 TiB", 2 << 40)]
-)
-def test_sizes_may_carry_a_binary_unit(text, size):
-    assert command._size(text) == size
