@@ -240,6 +240,7 @@ local function retain_block(store, id, record, owner, priority, ttl)
   if priority == DEFAULT_PRIORITY and ttl == NEVER then
     if record.held == 0 then
       record.held = 1
+      if record.retained == 0 then return save(store, id, record) end
       settle_retentions(store, id, record, read_retentions(store, id, record))
     end
     return
@@ -402,6 +403,7 @@ register('reserve', function(keys, args)
   end
   fetch(store, ids)
 
+  local deadlines = {} -- and ids, as ZADD takes them
   local function make_room(block)
     while total(store) + block.size > capacity do
       if store.victims >= MAX_VICTIMS or not evict_one(store, block.priority) then return false end
@@ -437,12 +439,12 @@ register('reserve', function(keys, args)
     -- Reserved before room is made: a WRITING block and the blocks before it are not victims.
     record.state, record.fence, record.owner, record.size = WRITING, fence, block.owner, 0
     record.readers, record.lease = 0, 0
-    redis.call('ZADD', store.writing, deadline, id)
     save(store, id, record)
     if not make_room(block) then
       remove(store, id)
       return 'N'
     end
+    deadlines[#deadlines + 1], deadlines[#deadlines + 2] = deadline, id
     record.size, record.last = block.size, store.now
     charge(store, block.owner, block.size)
     retain_block(store, id, record, block.owner, block.priority, block.ttl)
@@ -451,6 +453,7 @@ register('reserve', function(keys, args)
 
   local statuses = {}
   for i = 1, #blocks do statuses[i] = reserve(blocks[i]) end
+  if #deadlines > 0 then redis.call('ZADD', store.writing, unpack(deadlines)) end
   count(store, 'evicted:room', store.victims)
   close(store)
   return {table.concat(statuses), fence, table.concat(store.gone), store.victims >= MAX_VICTIMS and 1 or 0}
@@ -461,20 +464,20 @@ register('commit', function(keys, args)
   local store = open(keys)
   local fence, ids = args[1], {unpack(args, 2)}
   fetch(store, ids)
-  local done, committed = {}, 0
+  local done, committed = {}, {}
   for i, id in ipairs(ids) do
     local record = get(store, id)
     local mine = record and record.fence == fence and record.state ~= LOST
     if mine and record.state == WRITING then
       record.state, record.last = READY, store.now
-      redis.call('ZREM', store.writing, id)
       save(store, id, record)
       enqueue_if_leaf(store, id, record)
-      committed = committed + 1
+      committed[#committed + 1] = id
     end
     done[i] = mine and '1' or '0'
   end
-  count(store, 'committed', committed)
+  if #committed > 0 then redis.call('ZREM', store.writing, unpack(committed)) end
+  count(store, 'committed', #committed)
   close(store)
   return table.concat(done)
 end, {'allow-oom'})

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from redis import Redis
-from redis.exceptions import OutOfMemoryError, ResponseError
+from redis import Connection, Redis
+from redis.exceptions import OutOfMemoryError
 
 from services.cache_store.allocation import piece_lengths
-from services.cache_store.frames import HEADER_BYTES
 from services.cache_store.functions import LAYOUT
 
 #: At most so many bytes are asked for in one command, or sent in one pipeline.
@@ -23,6 +22,7 @@ BATCH_BYTES = 8 << 20
 #: A value that no record knows (its writer died at the wrong moment) goes away by itself after a day. One
 #: that is known goes too: its block is found missing once and written again.
 _BACKSTOP_MS = 24 * 3600 * 1000
+_PX = b"$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(_BACKSTOP_MS)), _BACKSTOP_MS)
 
 
 class Payloads:
@@ -35,24 +35,40 @@ class Payloads:
         self.batch = max(1, BATCH_BYTES // frame_bytes)  # frames
 
     def put(self, items: Sequence[tuple[bytes, bytes, memoryview]]) -> list[bool]:
-        """Write (name, header, payload) each, at most `batch` of them. False: Redis has no memory for it."""
-        pipeline = self._redis.pipeline(transaction=False)
+        """Write (name, header, payload) each, at most `batch` of them. False: Redis has no memory for it.
+
+        The commands are written here and not by redis-py, which copies every value three times on its way:
+        2.4 against 0.4 GB/s for frames of 360 KiB.
+        """
+        if not items:
+            return []
+        connection = self._redis.connection_pool.get_connection()
+        try:
+            connection.send_packed_command(self._set_commands(items))
+            replies = [_reply(connection) for _ in range(len(items) * len(self._lengths))]
+        except BaseException:
+            connection.disconnect()  # replies may be under way that nobody will read
+            raise
+        finally:
+            self._redis.connection_pool.release(connection)
+        each = len(self._lengths)
+        return [all(replies[at : at + each]) for at in range(0, len(replies), each)]
+
+    def _set_commands(self, items: Sequence[tuple[bytes, bytes, memoryview]]) -> list[bytes | memoryview]:
+        """SET commands as buffers to send one after the other, the payloads themselves among them."""
+        buffers: list[bytes | memoryview] = []
+        text = b""
         for name, header, payload in items:
-            first = self._lengths[0] - HEADER_BYTES
-            values: list[bytes | memoryview] = [b"".join((header, payload[:first]))]
-            if len(self._lengths) > 1:
-                values.append(payload[first:])
-            for key, value in zip(self._keys(name), values, strict=True):
-                pipeline.set(key, value, px=_BACKSTOP_MS)
-        replies = pipeline.execute(raise_on_error=False)
-        for reply in replies:
-            if isinstance(reply, ResponseError) and not isinstance(reply, OutOfMemoryError):
-                raise reply
-        values_each = len(self._lengths)
-        return [
-            all(reply is True for reply in replies[at : at + values_each])
-            for at in range(0, len(replies), values_each)
-        ]
+            at = 0
+            for key, length in zip(self._keys(name), self._lengths, strict=True):
+                text += b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(key), key, length)
+                if at == 0:
+                    text += header
+                    length -= len(header)
+                buffers += [text, payload[at : at + length]]
+                at += length
+                text = b"\r\n" + _PX
+        return [*buffers, text]
 
     def get(self, names: Sequence[bytes]) -> list[list[bytes] | None]:
         """The pieces of at most `batch` frames, None where one is missing."""
@@ -63,6 +79,14 @@ class Payloads:
 
     def _keys(self, name: bytes) -> Sequence[bytes]:
         return _keys(self._shard, name)[: len(self._lengths)]
+
+
+def _reply(connection: Connection) -> bool:
+    """Whether a SET was done; False when memory is short. Raises other errors."""
+    try:
+        return bool(connection.read_response())
+    except OutOfMemoryError:
+        return False
 
 
 def unlink_payloads(redis: Redis, names: Sequence[bytes], *, shard: int = 0) -> None:

@@ -38,7 +38,7 @@ def shared_server() -> Iterator[LocalRedis]:
 def redis_server(shared_server: LocalRedis) -> LocalRedis:
     """A running, empty server. A test that stops or fills it starts its own."""
     with Redis.from_url(shared_server.socket_url) as client:
-        client.flushall()
+        client.execute_command("FLUSHALL", "SYNC")
         client.function_flush()
     return shared_server
 
