@@ -98,6 +98,7 @@ BENCH_PORT ?= 8765
 bench: $(VENV)/.dev $(DEMO_MODEL)  ## Short versions of the benchmarks, a few minutes
 	@$(BIN)/python -m benchmarks.step_overhead
 	@$(BIN)/python -m benchmarks.channel --step-ms 12.5
+	@$(BIN)/python -m benchmarks.store --repeats 2
 	@coproc LAUNCH { exec $(BIN)/python -m services.launch --model "$(MODEL)" --port $(BENCH_PORT); }; \
 	  pid=$$LAUNCH_PID; trap 'kill $$pid; wait $$pid' EXIT; \
 	  grep -m 1 -q '^Ctrl-C' <&$${LAUNCH[0]}; \
