@@ -99,6 +99,7 @@ class BlockStore:
 
     `url` is redis://, rediss:// (TLS) or unix://, with user and password where needed. `capacity` in bytes is
     set if the store has none. After 5 failures within 10 s all calls answer at once, for 2 s at a time.
+    Raises ValueError for a URL or capacity that makes no sense.
     """
 
     def __init__(
@@ -111,6 +112,8 @@ class BlockStore:
         timeout_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if capacity is not None and capacity <= 0:
+            raise ValueError(f"capacity must be positive, got {capacity} bytes")
         # One immediate retry on a fresh connection: after a restart all pooled ones are dead.
         retry = Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
         self._redis = Redis.from_url(
@@ -303,6 +306,7 @@ class BlockStore:
         refused = [block.hash for block, ok in zip(blocks, written, strict=True) if not ok]
         committed = self._functions.commit(fence, there)
         late = [block for block, ok in zip(there, committed, strict=True) if not ok]
+        # Nobody else's: the fence in their names is ours.
         unlink_payloads(self._redis, [block + fence for block in late], shard=self._shard)
         for block in there:
             report.outcomes[block] = Outcome.FAILED if block in late else Outcome.STORED

@@ -5,7 +5,7 @@
 --   WRITING  reserved by a writer until a deadline; never found by a lookup
 --   READY    its payload is in place
 --   LOST     its payload is gone or was found bad while children are stored; a writer may write it again
--- What always holds (tests/cache_store/test_functions.py):
+-- What always holds (tests/cache_store/test_functions_model.py):
 --   a record's parent is the root or has a record; `children` counts the records that name it as parent;
 --   a block is in `leaves` if and only if it is READY and has no children; a LOST block has children;
 --   the sum of sizes is `total`, and no reservation takes it beyond the capacity.
@@ -23,7 +23,7 @@ local RESERVE_BLOCK, RETAIN_BLOCK = '>c16c16c8I4BI6', '>c16BI6'
 local ROOT = '\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0'
 local NO_FENCE = '\0\0\0\0\0\0\0'
 local NEVER = 281474976710655 -- 2^48 - 1 ms
-local PRIORITY_STEP = 4398046511104 -- 2^42 ms: one step of priority outweighs every last use until the year 2109
+local PRIORITY_STEP = 4398046511104 -- 2^42 ms: a step of priority outweighs any last use until the year 2109
 local DEFAULT_PRIORITY, MAX_PRIORITY = 35, 100
 local MAX_RETENTIONS = 8 -- a block; the weakest is forgotten
 local MAX_VICTIMS = 64 -- a call: about 1 ms of the server's only thread

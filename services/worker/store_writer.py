@@ -98,18 +98,18 @@ class StoreWriter:
     def _run(self) -> None:
         checked_s = -math.inf
         while True:
-            if time.monotonic() - checked_s >= _HEARTBEAT_S:
-                self._check_identity()
-                checked_s = time.monotonic()
             with self._work:
                 if not (self._stopped or self._offers or self._retains):
-                    self._work.wait(_HEARTBEAT_S)
+                    self._work.wait(max(0.0, checked_s + _HEARTBEAT_S - time.monotonic()))
                 if self._stopped:
                     return
                 retains = list(self._retains)
                 self._retains.clear()
                 batch = [self._offers.popleft() for _ in range(min(len(self._offers), self._store.batch))]
             try:
+                if time.monotonic() - checked_s >= _HEARTBEAT_S:
+                    checked_s = time.monotonic()
+                    self._check_identity()
                 for retain in retains:
                     self._store.retain(*retain)
                 self._write(batch)

@@ -387,9 +387,16 @@ def test_a_store_that_was_never_there_is_asked_little_and_says_so(
     assert tier.take_events() == ([], [])
 
 
-def test_a_url_that_is_none_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="scheme"):
-        RedisStoreTier(StoreTierConfig("localhost", b"f" * 16, SHAPE, torch.float32))
+@pytest.mark.parametrize(
+    ("url", "capacity", "message"),
+    [("localhost", None, "scheme"), ("redis://127.0.0.1:1", 0, "capacity must be positive, got 0 bytes")],
+)
+def test_settings_that_make_no_sense_are_refused_at_once(
+    url: str, capacity: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        RedisStoreTier(StoreTierConfig(url, b"f" * 16, SHAPE, torch.float32, capacity))
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("store-")]
 
 
 def test_close_does_not_wait_for_a_store_that_hangs(
