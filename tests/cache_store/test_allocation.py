@@ -77,4 +77,4 @@ def test_redis_takes_no_more_memory_than_is_charged(redis: Redis, payload_bytes:
     put(count)
     used = redis.info("memory")["used_memory"] - before
     connection_bytes = 128 * KIB  # buffers that come and go
-    assert count * payload_bytes < used <= count * stored_bytes(frame_bytes) + connection_bytes
+    assert 0.9 * count * payload_bytes < used <= count * stored_bytes(frame_bytes) + connection_bytes
