@@ -76,5 +76,5 @@ def test_redis_takes_hardly_more_memory_than_is_charged(redis: Redis, payload_by
     before = redis.info("memory")["used_memory"]
     put(count)
     used = redis.info("memory")["used_memory"] - before
-    slack = 128 * KIB + count * 5 * KIB  # connection buffers; servers without jemalloc round to pages of 4 KiB
+    slack = 128 * KIB + count * 5 * KIB  # connections' buffers; without jemalloc values round to pages
     assert 0.9 * count * payload_bytes < used <= count * stored_bytes(frame_bytes) + slack
