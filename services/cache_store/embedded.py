@@ -21,6 +21,8 @@ from pathlib import Path
 from redis import Redis
 from redis.exceptions import AuthenticationError, RedisError
 
+from services.process import die_with_parent
+
 #: Redis Functions came with Redis 7.0; every Valkey has them.
 MIN_REDIS_VERSION = (7, 0)
 _START_TIMEOUT_S = 15.0
@@ -151,7 +153,10 @@ def _start(server: Path, port: int, max_memory: int) -> LocalRedis:
     null = subprocess.DEVNULL
     try:
         # Its own session: Ctrl-C in a terminal reaches our processes first, and they stop it last.
-        process = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=null, stdout=null, stderr=null,
+            start_new_session=True, preexec_fn=die_with_parent,
+        )  # fmt: skip
     except OSError as error:
         shutil.rmtree(directory, ignore_errors=True)
         raise RedisUnavailable(f"{server} did not start: {error}") from error

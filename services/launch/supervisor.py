@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from services.process import die_with_parent
+
 #: How long a child may take to stop after SIGTERM before it is killed.
 STOP_TIMEOUT_S = 15.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAST_WORDS_LINES = 12
-
-_PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None).prctl
 
 T = TypeVar("T")
 
@@ -102,7 +100,7 @@ class Supervisor:
                 stderr=output,
                 env=dict(environment),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         return self.adopt(Child(name, process, log))
 
@@ -158,8 +156,3 @@ def session_members(session: int) -> list[int]:
             if int(fields[3]) == session and fields[0] != "Z":
                 members.append(int(stat.parent.name))
     return members
-
-
-def _die_with_parent() -> None:
-    """In the child before exec: SIGTERM when the thread that started it ends, which is our main thread."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

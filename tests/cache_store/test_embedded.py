@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from redis import Redis
 
@@ -33,6 +36,21 @@ def test_every_server_found_here_starts_answers_and_has_functions(any_server: Lo
         }
         assert client.function_list() is not None
     assert any_server.directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_server_ends_with_whoever_started_it_even_by_kill() -> None:
+    code = (
+        "from services.cache_store.embedded import *\n"
+        "print(start_redis(find_server(), max_memory=64 << 20).process.pid, flush=True)\n"
+        "input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout
+        server = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    server.wait(timeout=10)
 
 
 def test_a_server_stopped_is_gone_with_its_directory_and_may_be_stopped_again() -> None:

@@ -141,7 +141,8 @@ async def idle_reader(port, body=STREAM):
 
 
 async def test_a_client_that_reads_nothing_is_bounded_and_others_are_not_held_up():
-    async with serving(FakeEngine(), config=RouterConfig(max_pending_tokens=500)) as served:
+    engine = FakeEngine(step_s=0.001)  # slow enough not to be done before the router has seen it all
+    async with serving(engine, config=RouterConfig(max_pending_tokens=500)) as served:
         sock = await idle_reader(served.port, LOUD)
         await until(lambda: len(served.engines[0].submitted) == 1)
         answer = await served.http.post("/v1/chat/completions", json=chat(max_tokens=50))
