@@ -75,11 +75,10 @@ def worker(name: str, model: Path, *options: str) -> Iterator[WorkerProcess]:
 
 
 @contextmanager
-def stack(model: Path, workers: int, *options: str) -> Iterator[Stack]:
-    """`workers` workers w0, w1, … started with `options`, and a router that sees them all."""
+def router(*workers: WorkerProcess) -> Iterator[Stack]:
+    """A router that sees these workers."""
+    channels = ",".join(w.channel for w in workers)
     with ExitStack() as parts:
-        started = [parts.enter_context(worker(f"w{i}", model, *options)) for i in range(workers)]
-        channels = ",".join(w.channel for w in started)
         process = start(
             "services.router", "--port", "0", "--workers", channels, REPRISE_CHANNEL_SECRET=SECRET
         )
@@ -87,9 +86,17 @@ def stack(model: Path, workers: int, *options: str) -> Iterator[Stack]:
         parts.callback(process.kill)
         url = first_line(process).removeprefix("ready ")
         client = parts.enter_context(OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
-        running = Stack(url, client, {w.name: w for w in started})
-        eventually(lambda: running.ready_workers() == workers)
+        running = Stack(url, client, {w.name: w for w in workers})
+        eventually(lambda: running.ready_workers() == len(workers))
         yield running
+
+
+@contextmanager
+def stack(model: Path, workers: int, *options: str) -> Iterator[Stack]:
+    """`workers` workers w0, w1, … started with `options`, and a router that sees them all."""
+    with ExitStack() as parts:
+        started = [parts.enter_context(worker(f"w{i}", model, *options)) for i in range(workers)]
+        yield parts.enter_context(router(*started))
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 30.0) -> None:

@@ -11,11 +11,16 @@ import time
 import urllib.request
 from pathlib import Path
 
+import httpx
 import pytest
 
+from tests.e2e.parts import eventually
 from tests.launch.started import DEMO_MODEL, Started, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+
+REPLICA = "ray::ServeReplica:reprise:Worker"
 
 
 def fetch(url: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> bytes:
@@ -54,12 +59,28 @@ def test_the_banner_tells_the_truth_and_ctrl_c_stops_everything() -> None:
         assert generated == answer["usage"]["completion_tokens"]
 
         # The workers write their blocks behind, to the Redis that the store's upkeep looks after.
-        deadline_s = time.monotonic() + 20
-        while sample("reprise_store_blocks", metrics["cache store"]) == 0:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.1)
+        eventually(lambda: sample("reprise_store_blocks", metrics["cache store"]) > 0)
 
-        for part in ("services.router", "services.cache_store", "ray::ServeReplica:reprise:Worker"):
+        # A worker killed in a stream: an error event at once, the other serves on, Ray brings one back.
+        replicas = [p for p in started.processes() if REPLICA in " ".join(p.cmdline())]
+        assert len(replicas) == 2
+        endless = {**json.loads(body), "stream": True, "ignore_eos": True, "max_tokens": 4000}
+        with httpx.stream("POST", url, json=endless, timeout=60) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: {")
+            # Which of them it is, Linux knows: the one that computes.
+            spent = {p: sum(p.cpu_times()[:2]) for p in replicas}
+            eventually(lambda: max(sum(p.cpu_times()[:2]) - spent[p] for p in replicas) > 1)
+            max(replicas, key=lambda p: sum(p.cpu_times()[:2]) - spent[p]).kill()
+            killed_s = time.monotonic()
+            *_, last = (line for line in lines if line)
+            assert time.monotonic() - killed_s < 5
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "worker_lost"
+        assert json.loads(fetch(url, body.encode(), {name: value}))["choices"]
+        router = url.partition("/v1")[0]
+        eventually(lambda: json.loads(fetch(f"{router}/ready"))["ready_workers"] == 2)
+
+        for part in ("services.router", "services.cache_store", REPLICA):
             started.part(part)
         logs = re.search(r"^  logs +(.*)$", banner, re.MULTILINE)
 

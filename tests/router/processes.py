@@ -22,6 +22,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 def first_line(process: subprocess.Popen[str]) -> str:
     """What it prints when it is ready; fails with its errors when it ends instead."""
+    assert process.stdout
     line = process.stdout.readline()
     assert line, process.communicate()[1]
     return line.strip()
