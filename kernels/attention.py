@@ -1,89 +1,129 @@
-"""Causal attention of a mixed batch (prefill chunks and decodes) over paged KV, with grouped heads.
+"""Causal attention of a mixed batch (decodes and prefill chunks) over paged KV, with grouped heads.
 
-Online softmax in base 2, one page or part of it at a time; the queries of a tile are (token, head) pairs of
-one KV head, so that its K and V are read once for the whole group. fp32 accumulation on bf16, fp16 or fp32
-tensors.
+The one operation that all models attend by. On a GPU each kind of row has a kernel of its own, and a batch
+of one kind launches nothing for the other: `decode_attention` for rows with one query, `shared_attention`
+before it for the prefixes that some of them share, `prefill_attention` for chunks. What is the same for all
+layers of a step is made once, by `plan`.
 
-Bytes: K and V of every row's context once for each tile of its queries, 2 n_kv D elements a token. Limit:
-memory bandwidth in decode; tensor cores in prefill, 4 D n_q FLOP a (query, key) pair.
-
-Source: Kwon et al., "PagedAttention" (arXiv 2309.06180); Dao, "FlashAttention-2" (arXiv 2307.08691).
+Bytes, limit and sources: see those modules.
 """
-
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# Triton reads the annotations of its kernels: only constexpr may stand there.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
+from kernels import decode_attention, decode_map, prefill_attention, shared_attention
+from kernels.decode_map import Workspace, shared_rows
 from kernels.tuned import sm90
 
-_LOG2_E = 1.4426950408889634
+__all__ = [
+    "AttentionBatch",
+    "AttentionPlan",
+    "SharedPrefixes",
+    "Workspace",
+    "paged_attention",
+    "plan",
+    "shared_rows",
+]
+
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """Decode rows that begin with the same pages, so that those pages are read once for all of them."""
+
+    #: [decodes] int32: leading tokens of each row that its tile covers, 0 = none. A multiple of block_size,
+    #: less than the row's context.
+    tokens: torch.Tensor
+    #: [n, shared_rows(n_q, n_kv)] int32: the rows of each tile, -1 = no more. A row is in one tile at most;
+    #: all rows of a tile have the same first tokens in the same pages. A tile may be empty.
+    tiles: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """R rows of one step. The first `decodes` of them have one query each, query i that of row i; the others
+    are prefill chunks. A row's queries are the last of its tokens."""
+
+    block_tables: torch.Tensor  # [S, max_blocks] int32: page of each block, a line a slot
+    slots: torch.Tensor  # [R] int32: line of block_tables of each row; -1 = padding
+    query_start: torch.Tensor  # [R + 1] int32: row r owns the queries query_start[r] to query_start[r + 1]
+    context_len: torch.Tensor  # [R] int32: tokens with KV after this step; 0 = padding
+    decodes: int
+    max_query: int  # most queries of one row
+    shared: SharedPrefixes | None = None
+    workspace: Workspace | None = None  # needed on a GPU for decodes
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """A batch, ready for all layers of one window."""
+
+    batch: AttentionBatch
+    window: int
+    task_map: torch.Tensor | None  # of the decodes
+
+    @property
+    def shared(self) -> SharedPrefixes | None:
+        """Within a window rows see little of what they share, and not the same: each reads its own."""
+        return None if self.window else self.batch.shared
+
+
+def plan(batch: AttentionBatch, *, block_size: int, window: int = 0) -> AttentionPlan:
+    """Prepare one step for the layers that attend within `window` (0: to everything before).
+
+    On a GPU it launches the kernel that deals out the decodes. Raises ValueError if the batch's workspace is
+    missing or too small.
+    """
+    result = AttentionPlan(batch, window, None)
+    if not batch.decodes or (batch.workspace is None and not batch.context_len.is_cuda):
+        return result
+    if batch.workspace is None:
+        raise ValueError("decode attention on a GPU needs AttentionBatch.workspace, got None")
+    task_map = decode_map.launch(
+        batch.context_len,
+        batch.slots,
+        batch.decodes,
+        batch.workspace,
+        window=window,
+        shared_tokens=result.shared.tokens if result.shared else None,
+        shared_tiles=result.shared.tiles if result.shared else None,
+    )
+    return AttentionPlan(batch, window, task_map)
 
 
 def paged_attention(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_start: torch.Tensor,
-    context_len: torch.Tensor,
-    *,
-    scale: float,
-    max_query: int,
-    window: int = 0,
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: AttentionPlan, *, scale: float
 ) -> torch.Tensor:
     """Attend from every query to the tokens before it and itself.
 
-    q [T, n_q, D]; k_pages, v_pages [P, n_kv, block_size, D], this step's KV already written; block_tables
-    [R, max_blocks] int32, page of each block of each row; query_start [R + 1] int32: row r owns the queries
-    query_start[r] to query_start[r + 1], which are the LAST of its context_len[r] (int32) tokens; a row with
-    context_len 0 is padding and gets zeros; scale multiplies the scores; max_query is the largest number of
-    queries of a row; window > 0 lets a token see itself and the window - 1 tokens before it only.
-    Returns [T, n_q, D]; what tokens that no row owns get is unspecified.
+    q [T, n_q, D]; k_pages, v_pages [P, n_kv, block_size, D], this step's KV already written; scale, positive,
+    multiplies the scores; a plan with a window lets a token see itself and the window - 1 tokens before it
+    only. Returns [T, n_q, D]; padding rows get zeros, what tokens that no row owns get is unspecified.
     """
     run = launch if q.is_cuda else reference
-    return run(
-        q,
-        k_pages,
-        v_pages,
-        block_tables,
-        query_start,
-        context_len,
-        scale=scale,
-        max_query=max_query,
-        window=window,
-    )
+    return run(q, k_pages, v_pages, plan, scale=scale)
 
 
 def reference(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_start: torch.Tensor,
-    context_len: torch.Tensor,
-    *,
-    scale: float,
-    max_query: int,
-    window: int = 0,
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, plan: AttentionPlan, *, scale: float
 ) -> torch.Tensor:
     """`paged_attention` in PyTorch."""
     # Row by row: a gather of the row's pages, then one fused SDPA. Padded to one batch, 16 decodes over 100
     # to 2,000 tokens (9 heads, 3 KV heads of 64) take 28 ms on 2 cores against 3.2 ms so, and a row's result
     # would depend on the lengths of the others. All rows gather into the same memory, which stays in the
     # cache and takes another quarter off.
+    batch, window = plan.batch, plan.window
     n_kv, block_size, dim = k_pages.shape[1:]
-    starts, contexts = query_start.tolist(), context_len.tolist()
+    starts, contexts = batch.query_start.tolist(), batch.context_len.tolist()
+    blocks = -(-max(contexts, default=0) // block_size)
     heads = torch.arange(n_kv, device=q.device).unsqueeze(-1)
-    boxes = block_tables.long().unsqueeze(1) * n_kv + heads  # [R, n_kv, max_blocks]: one (page, head) each
+    tables = batch.block_tables[:, :blocks][batch.slots.clamp(min=0)].long()
+    boxes = tables.unsqueeze(1) * n_kv + heads  # [R, n_kv, blocks]: one (page, head) each
     k_boxes, v_boxes = (pages.view(-1, block_size * dim) for pages in (k_pages, v_pages))
-    most = n_kv * -(-max(contexts, default=0) // block_size)
-    k_row, v_row = (k_boxes.new_empty(most, block_size * dim) for _ in range(2))
+    k_row, v_row = (k_boxes.new_empty(n_kv * blocks, block_size * dim) for _ in range(2))
 
     out = torch.zeros_like(q)
     for row, context in enumerate(contexts):
@@ -117,159 +157,53 @@ def launch(
     q: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_start: torch.Tensor,
-    context_len: torch.Tensor,
+    plan: AttentionPlan,
     *,
     scale: float,
-    max_query: int,
-    window: int = 0,
     tile: sm90.Tile | None = None,
 ) -> torch.Tensor:
-    """`paged_attention` in Triton: one program for each row, KV head and tile of queries.
-
-    All tensors are contiguous, but for the rows of block_tables. `tile` overrides the table in tuned/; its
-    rows must be a power of two of at least 16 and hold a whole group of heads.
-    """
+    """`paged_attention` in Triton. All tensors are contiguous, but for the rows of the block tables; `tile`
+    overrides that of prefill."""
+    batch = plan.batch
     out = torch.empty_like(q)
-    n_kv, block_size, dim = k_pages.shape[1:]
-    group = q.shape[1] // n_kv
-    tile = tile or sm90.attention_tile(group, max_query)
-    grid = (len(context_len), n_kv, triton.cdiv(max_query, tile.rows // group))
-    if all(grid):
-        attention_kernel[grid](
+    if plan.task_map is not None and batch.workspace is not None:
+        if plan.shared is not None:
+            shared_attention.launch(
+                q,
+                k_pages,
+                v_pages,
+                batch.block_tables,
+                plan.task_map,
+                plan.shared.tiles,
+                batch.workspace,
+                scale=scale,
+            )
+        decode_attention.launch(
             q,
             k_pages,
             v_pages,
-            block_tables,
-            query_start,
-            context_len,
+            batch.block_tables,
+            plan.task_map,
+            batch.workspace,
             out,
-            scale * _LOG2_E,
-            block_tables.stride(0),
-            GROUP=group,
-            N_KV=n_kv,
-            BLOCK_SIZE=block_size,
-            DIM=dim,
-            WINDOW=window,
-            ROWS=tile.rows,
-            KEYS=min(block_size, tile.keys),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            scale=scale,
+            window=plan.window,
+            shared=plan.shared is not None,
+        )
+    if len(batch.context_len) > batch.decodes and batch.max_query:
+        prefill_attention.launch(
+            q,
+            k_pages,
+            v_pages,
+            batch.block_tables,
+            batch.slots,
+            batch.query_start,
+            batch.context_len,
+            out,
+            first_row=batch.decodes,
+            max_query=batch.max_query,
+            scale=scale,
+            window=plan.window,
+            tile=tile,
         )
     return out
-
-
-@triton.jit(do_not_specialize=["table_stride"])
-def attention_kernel(
-    q,
-    k_pages,
-    v_pages,
-    block_tables,
-    query_start,
-    context_len,
-    out,
-    scale,  # times log2(e)
-    table_stride,
-    GROUP: tl.constexpr,
-    N_KV: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,  # divides BLOCK_SIZE
-):
-    QUERIES: tl.constexpr = ROWS // GROUP  # of a tile; the last ROWS % GROUP rows compute for nothing
-    row = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    first = tl.load(query_start + row)
-    queries = tl.load(query_start + row + 1) - first
-    context = tl.load(context_len + row)
-    tile_start = tl.program_id(2) * QUERIES
-    if tile_start < queries:
-        lane = tl.arange(0, ROWS)
-        query = tile_start + lane // GROUP  # within the row
-        mine = (lane < QUERIES * GROUP) & (query < queries)
-        column = tl.arange(0, triton.next_power_of_2(DIM))
-        place = ((first + query).to(tl.int64) * N_KV + kv_head) * GROUP + lane % GROUP
-        place = place[:, None] * DIM + column[None, :]
-        stored = mine[:, None] & (column < DIM)[None, :]
-        q_tile = tl.load(q + place, mask=stored, other=0.0)
-
-        position = context - queries + query  # within the row's context
-        earliest = tl.maximum(context - queries + tile_start, 0)
-        beyond = tl.minimum(context, earliest + QUERIES)  # no query of this tile sees this key or a later one
-        if WINDOW:
-            begin = tl.maximum(earliest - WINDOW + 1, 0) // KEYS
-            unmasked_end = begin
-        else:
-            begin = 0
-            unmasked_end = tl.minimum(earliest + 1, context) // KEYS
-
-        table = block_tables + row.to(tl.int64) * table_stride
-        k_head = k_pages + kv_head * BLOCK_SIZE * DIM
-        v_head = v_pages + kv_head * BLOCK_SIZE * DIM
-        top = tl.full([ROWS], -float("inf"), tl.float32)
-        mass = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, column.shape[0]], tl.float32)
-        for index in range(begin, unmasked_end):
-            top, mass, acc = _attend(
-                q_tile, top, mass, acc, index * KEYS, table, k_head, v_head, column, position, context, scale,
-                MASKED=False, N_KV=N_KV, BLOCK_SIZE=BLOCK_SIZE, DIM=DIM, WINDOW=WINDOW, KEYS=KEYS,
-            )  # fmt: skip
-        for index in range(unmasked_end, tl.cdiv(beyond, KEYS)):
-            top, mass, acc = _attend(
-                q_tile, top, mass, acc, index * KEYS, table, k_head, v_head, column, position, context, scale,
-                MASKED=True, N_KV=N_KV, BLOCK_SIZE=BLOCK_SIZE, DIM=DIM, WINDOW=WINDOW, KEYS=KEYS,
-            )  # fmt: skip
-
-        result = acc / tl.where(mass > 0.0, mass, 1.0)[:, None]  # a padding row has seen nothing: zeros
-        tl.store(out + place, result.to(out.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def _attend(
-    q_tile,
-    top,
-    mass,
-    acc,
-    start,  # of the keys; they lie in one page
-    table,
-    k_head,
-    v_head,
-    column,
-    position,
-    context,
-    scale,
-    MASKED: tl.constexpr,
-    N_KV: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """One step of the online softmax: the keys from `start` on."""
-    key = start + tl.arange(0, KEYS)
-    k_inside = (column < DIM)[:, None]
-    v_inside = (column < DIM)[None, :]
-    if MASKED:
-        # After the context comes whatever the page held before. Zeros instead, because 0 * NaN is NaN.
-        k_inside &= (key < context)[None, :]
-        v_inside &= (key < context)[:, None]
-    page = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
-    place = page * (N_KV * BLOCK_SIZE * DIM) + (key % BLOCK_SIZE) * DIM
-    k = tl.load(k_head + place[None, :] + column[:, None], mask=k_inside, other=0.0).to(q_tile.dtype)
-    v = tl.load(v_head + place[:, None] + column[None, :], mask=v_inside, other=0.0).to(q_tile.dtype)
-
-    scores = tl.dot(q_tile, k, input_precision="ieee") * scale
-    if MASKED:
-        seen = key[None, :] <= position[:, None]
-        if WINDOW:
-            seen &= key[None, :] > position[:, None] - WINDOW
-        scores = tl.where(seen, scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    origin = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key seen yet: inf - inf would be NaN
-    weights = tl.exp2(scores - origin[:, None])
-    rescale = tl.exp2(top - origin)
-    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-    return new_top, mass * rescale + tl.sum(weights, 1), acc

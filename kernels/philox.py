@@ -4,13 +4,20 @@ Counter-based, so the number of one token can be computed without those of other
 device: a stream resumed on another worker continues as if nothing had happened. The four numbers of one
 evaluation serve four neighbouring token ids, which makes noise for a whole vocabulary 4x cheaper.
 
+For tensors in PyTorch, and for Triton kernels as functions to call: the same bits.
+
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). `philox(...)` gives the bits
 of `triton.language.philox(seed, c0, c1, c2, c3)`.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton reads the annotations of its kernels: only constexpr may stand there.
+
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -58,3 +65,24 @@ def philox(
 def _uniform_quads(seed: torch.Tensor, position: torch.Tensor, quad: torch.Tensor) -> torch.Tensor:
     lanes = philox(seed, quad, position, 0, 0)
     return torch.stack([(bits >> 9).float().add_(0.5).mul_(2.0**-23) for bits in lanes], dim=-1)
+
+
+@triton.jit
+def uniform_in_kernel(seed, position, token):
+    """`philox_uniform` in a kernel: seed int64, position int32, token an int32 block."""
+    a, b, c, d = tl.philox(seed, token >> 2, position, 0, 0)
+    even, odd = tl.where(token & 2 != 0, c, a), tl.where(token & 2 != 0, d, b)
+    return _unit(tl.where(token & 1 != 0, odd, even))
+
+
+@triton.jit
+def uniform_run_in_kernel(seed, position, first, COUNT: tl.constexpr):
+    """`philox_uniform` of the COUNT tokens from `first` on, which is a multiple of 4: [COUNT]."""
+    quads = first // 4 + tl.arange(0, COUNT // 4)
+    a, b, c, d = tl.philox(seed, quads, position, 0, 0)
+    return _unit(tl.interleave(tl.interleave(a, c), tl.interleave(b, d)))
+
+
+@triton.jit
+def _unit(bits):
+    return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23

@@ -19,7 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import norm
+from kernels import launcher, norm
+from kernels.pdl import PDL, launch_dependents, wait
+from kernels.tuned import sm90
 
 
 def rope_kv_write(
@@ -94,13 +96,16 @@ def launch(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`rope_kv_write` in Triton: one program for each token and head. All tensors are contiguous."""
+    """`rope_kv_write` in Triton: one program for each head and tile of tokens. All tensors are contiguous."""
     tokens = qkv.shape[0]
     _, n_kv, block_size, dim = k_pages.shape
     n_q = qkv.shape[1] // dim - 2 * n_kv
     q = qkv.new_empty(tokens, n_q, dim)
+    tile, warps = sm90.rope_tile(tokens)
     if tokens:
-        rope_kernel[(tokens, n_q + 2 * n_kv)](
+        launcher.launch(
+            rope_kernel,
+            (triton.cdiv(tokens, tile), n_q + 2 * n_kv),
             qkv,
             cos_sin,
             positions,
@@ -110,18 +115,22 @@ def launch(
             q_norm,
             k_norm,
             q,
+            tokens,
             eps,
             N_Q=n_q,
             N_KV=n_kv,
             BLOCK_SIZE=block_size,
             DIM=dim,
             HALF=triton.next_power_of_2(dim // 2),
-            num_warps=1,
+            TOKENS=tile,
+            PDL=PDL,
+            num_warps=warps,
+            launch_pdl=PDL,
         )
     return q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rope_kernel(
     qkv,
     cos_sin,
@@ -132,47 +141,55 @@ def rope_kernel(
     q_norm,
     k_norm,
     q,
+    tokens,
     eps,
     N_Q: tl.constexpr,
     N_KV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,  # DIM / 2, rounded up to a power of two
+    TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
-    column = tl.arange(0, HALF)
-    inside = column < DIM // 2
-    source = qkv + (token * (N_Q + 2 * N_KV) + head) * DIM + column
-    a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + DIM // 2, mask=inside, other=0.0).to(tl.float32)
-    table = cos_sin + tl.load(positions + token).to(tl.int64) * DIM + column
+    column = tl.arange(0, HALF)[None, :]
+    real = token < tokens
+    inside = real[:, None] & (column < DIM // 2)
+    position = tl.load(positions + token, mask=real, other=0).to(tl.int64)
+    table = cos_sin + position[:, None] * DIM + column
     cos = tl.load(table, mask=inside, other=0.0)
     sin = tl.load(table + DIM // 2, mask=inside, other=0.0)
+    slot = tl.load(slots + token, mask=real, other=-1)
 
+    wait(PDL)
+    launch_dependents(PDL)
+    source = qkv + (token * (N_Q + 2 * N_KV) + head)[:, None] * DIM + column
+    a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + DIM // 2, mask=inside, other=0.0).to(tl.float32)
     if head < N_Q:
         if q_norm is not None:
-            a, b = _normed(a, b, q_norm, column, inside, eps, DIM)
-        _store(q + (token * N_Q + head) * DIM + column, a * cos - b * sin, b * cos + a * sin, inside, DIM)
+            a, b = _normed(a, b, q_norm, column, eps, DIM)
+        target = q + (token * N_Q + head)[:, None] * DIM + column
+        _store(target, a * cos - b * sin, b * cos + a * sin, inside, DIM)
     else:
-        slot = tl.load(slots + token)
-        if slot >= 0:
-            in_page = (slot // BLOCK_SIZE * N_KV * BLOCK_SIZE + slot % BLOCK_SIZE) * DIM + column
-            if head < N_Q + N_KV:
-                if k_norm is not None:
-                    a, b = _normed(a, b, k_norm, column, inside, eps, DIM)
-                target = k_pages + in_page + (head - N_Q) * BLOCK_SIZE * DIM
-                _store(target, a * cos - b * sin, b * cos + a * sin, inside, DIM)
-            else:
-                target = v_pages + in_page + (head - N_Q - N_KV) * BLOCK_SIZE * DIM
-                _store(target, a, b, inside, DIM)
+        inside &= (slot >= 0)[:, None]
+        in_page = (slot // BLOCK_SIZE * N_KV * BLOCK_SIZE + slot % BLOCK_SIZE)[:, None] * DIM + column
+        if head < N_Q + N_KV:
+            if k_norm is not None:
+                a, b = _normed(a, b, k_norm, column, eps, DIM)
+            target = k_pages + in_page + (head - N_Q) * BLOCK_SIZE * DIM
+            _store(target, a * cos - b * sin, b * cos + a * sin, inside, DIM)
+        else:
+            _store(v_pages + in_page + (head - N_Q - N_KV) * BLOCK_SIZE * DIM, a, b, inside, DIM)
 
 
 @triton.jit
-def _normed(a, b, weight, column, inside, eps, DIM: tl.constexpr):
-    scale = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / DIM + eps)
-    a *= scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    b *= scale * tl.load(weight + DIM // 2 + column, mask=inside, other=0.0).to(tl.float32)
+def _normed(a, b, weight, column, eps, DIM: tl.constexpr):
+    scale = 1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / DIM + eps)
+    inside = column < DIM // 2
+    a *= scale[:, None] * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    b *= scale[:, None] * tl.load(weight + DIM // 2 + column, mask=inside, other=0.0).to(tl.float32)
     return a, b
 
 

@@ -1,7 +1,9 @@
 """SwiGLU: silu(gate) * up, where gate and up lie side by side in one row.
 
-fp32 arithmetic on bf16, fp16 or fp32 tensors. Bytes: 2 T F elements read, T F written. Limit: memory
-bandwidth.
+fp32 arithmetic on bf16, fp16 or fp32 tensors. A GPU needs it on its own for more tokens than the decode GEMM
+takes, which has it as its epilogue.
+
+Bytes: 2 T F elements read, T F written. Limit: memory bandwidth.
 
 Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202).
 """
@@ -16,6 +18,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels import launcher
+from kernels.pdl import PDL, launch_dependents, wait
 from kernels.tuned import sm90
 
 
@@ -36,12 +40,25 @@ def launch(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(tokens, columns)
     if tokens:
         block = sm90.SWIGLU_COLUMNS
-        swiglu_kernel[(tokens, triton.cdiv(columns, block))](gate_up, out, columns, block, num_warps=4)
+        grid = (tokens, triton.cdiv(columns, block))
+        launcher.launch(
+            swiglu_kernel,
+            grid,
+            gate_up,
+            out,
+            COLUMNS=columns,
+            BLOCK=block,
+            PDL=PDL,
+            num_warps=4,
+            launch_pdl=PDL,
+        )
     return out
 
 
 @triton.jit
-def swiglu_kernel(gate_up, out, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(gate_up, out, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait(PDL)
+    launch_dependents(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < COLUMNS

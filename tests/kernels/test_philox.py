@@ -7,7 +7,13 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.philox import philox, philox_uniform, philox_uniform_vocab
+from kernels.philox import (
+    philox,
+    philox_uniform,
+    philox_uniform_vocab,
+    uniform_in_kernel,
+    uniform_run_in_kernel,
+)
 
 #: kat_vectors of Random123 1.14, philox4x32 with 10 rounds: counter, key, output.
 KNOWN = [
@@ -32,6 +38,14 @@ def philox_kernel(out, seeds, positions, quads, COUNT: tl.constexpr):
     tl.store(out + 4 * i + 1, b)
     tl.store(out + 4 * i + 2, c)
     tl.store(out + 4 * i + 3, d)
+
+
+@triton.jit
+def uniform_kernel(out, seeds, position, first, tokens, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    seed = tl.load(seeds)
+    tl.store(out + i, uniform_run_in_kernel(seed, position, first, COUNT))
+    tl.store(out + COUNT + i, uniform_in_kernel(seed, position, tl.load(tokens + i)))
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
@@ -65,6 +79,17 @@ def test_the_number_of_a_token_is_its_lane_of_its_quad(seed: list[int], vocab: i
             lane = philox(seed_t[row], torch.tensor(token // 4), position_t[row], 0, 0)[token % 4]
             assert float(table[row, token]) == ((int(lane) >> 9) + 0.5) / 2**23
     assert torch.equal(table, philox_uniform(seed_t[:, None], position_t[:, None], torch.arange(vocab)))
+
+
+@given(seed=seeds, position=st.integers(0, 2**31 - 1), quad=st.integers(0, 2**20))
+@settings(max_examples=10)
+def test_kernels_get_the_same_numbers_in_runs_and_one_by_one(seed: int, position: int, quad: int) -> None:
+    tokens = torch.randperm(200_000)[:16]
+    out = torch.zeros(2, 16)
+    uniform_kernel[(1,)](out, torch.tensor([seed]), position, 4 * quad, tokens.int(), COUNT=16)
+    seed_t, position_t = torch.tensor(seed), torch.tensor(position)
+    assert torch.equal(out[0], philox_uniform(seed_t, position_t, 4 * quad + torch.arange(16)))
+    assert torch.equal(out[1], philox_uniform(seed_t, position_t, tokens))
 
 
 def test_numbers_are_uniform_and_never_0_or_1() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import rope
+from kernels.tuned import sm90
 from tests.kernels import cases
 
 EPS = 0.1  # large enough to matter
@@ -43,6 +45,19 @@ def test_q_is_rotated_and_kv_written_to_the_slots_and_nowhere_else(
     with cases.poisoned_memory():
         q = run(**inputs, eps=EPS)
     case.check(q, inputs, EPS)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_programs_of_many_tokens_do_the_same(normed: bool) -> None:
+    slots = (*range(100), -1, *range(110, 310), -1)
+    case = cases.RopeCase(slots, pages=5, n_q=2, n_kv=1, dim=64, block_size=64, normed=normed)
+    for count in (70, len(slots)):
+        assert sm90.rope_tile(count)[0] > 1
+        part = replace(case, slots=slots[:count])
+        inputs = part.inputs(torch.float16, "cpu")
+        with cases.poisoned_memory():
+            q = rope.launch(**inputs, eps=EPS)
+        part.check(q, inputs, EPS)
 
 
 @pytest.mark.parametrize("run", [rope.reference, rope.launch])

@@ -1,311 +1,234 @@
+"""The Triton sampler in the interpreter against the rules, row by row. 9,001 tokens are three chunks."""
+
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.philox import philox_uniform_vocab
-from kernels.sampling import Bias, History, SampleResult, SamplingBatch, sample
+from kernels import sampling
+from kernels.tuned import sampling_sm90 as tuned
+from tests.kernels import cases
+from tests.kernels.sampling_rows import Asked, Step, assert_same
+
+VOCAB = 9001
+DRAWN = {"temperature": 1.0, "seed": 5}
 
 
-@dataclass(frozen=True)
-class Row:
-    """The parameters of one row of a SamplingBatch."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence: float = 0.0
-    frequency: float = 0.0
-    repetition: float = 1.0
-    seed: int = 0
-    position: int = 0
+def random_logits(rows: int, vocab: int = VOCAB, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
+    return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-def batch(rows: Sequence[Row], bias: Bias | None = None, history: History | None = None) -> SamplingBatch:
-    columns = {field.name: torch.tensor([getattr(row, field.name) for row in rows]) for field in fields(Row)}
-    return SamplingBatch(**columns, bias=bias, history=history)
+def check(
+    logits: torch.Tensor, asked: Sequence[Asked], *, logprobs: int = -1, max_length: int = 64
+) -> sampling.SampleResult:
+    """Kernels and rules agree on the result and on the token table; the kernels' result."""
+    step = Step.of(asked, max_length=max_length)
+    ruled = step.clone()
+    expected = sampling.reference(logits, *ruled.arguments, logprobs=logprobs)
+    with cases.poisoned_memory():
+        actual = sampling.launch(logits.clone(), *step.arguments, logprobs=logprobs)
+    assert_same(actual, expected, asked)
+    assert torch.equal(step.tokens, ruled.tokens)
+    scratch = step.table.scratch(tuned.EDITORS, logits.shape[1])
+    assert not scratch.any(), "the scratch lines are zeros again"
+    return actual
 
 
-def gumbel(seed: int, position: int, vocab: int) -> torch.Tensor:
-    uniform = philox_uniform_vocab(torch.tensor([seed]), torch.tensor([position]), vocab)[0]
-    return -(-uniform.log()).log()
-
-
-def kept(scaled: torch.Tensor, row: Row) -> set[int]:
-    """Which tokens may be drawn: the rules of the module, on a sorted list in fp64."""
-    order = sorted(range(len(scaled)), key=lambda token: -float(scaled[token]))
-    weight = scaled.double().exp()
-    order = [token for token in order if weight[token] >= row.min_p * weight[order[0]]]
-    if row.top_k:
-        order = [token for token in order if scaled[token] >= scaled[order[min(row.top_k, len(order)) - 1]]]
-    total = sum(float(weight[token]) for token in order)
-    mass, last = 0.0, order[-1]
-    for token in order if row.top_p < 1 else ():
-        mass += float(weight[token]) / total
-        assume(abs(mass - row.top_p) > 1e-5)  # there rounding decides
-        if mass >= row.top_p:
-            last = token
-            break
-    return {token for token in order if scaled[token] >= scaled[last]}
-
-
-def model(logits: torch.Tensor, row: Row) -> int:
-    """The token that `sample` must choose for one row of logits without bias and penalties."""
-    if row.temperature == 0:
-        return int(logits.tolist().index(float(logits.max())))
-    scaled = (logits - logits.max()) / row.temperature
-    tokens = sorted(kept(scaled, row))
-    noise = gumbel(row.seed, row.position, len(logits))
-    scores = [float(scaled[token] + noise[token]) for token in tokens]
-    return tokens[scores.index(max(scores))]
-
-
-# Steps of 1/4 and temperatures that divide exactly: ties are common and the model's thresholds are exact.
-grid_logits = st.lists(st.integers(-40, 8).map(lambda n: n / 4), min_size=1, max_size=40)
-rows = st.builds(
-    Row,
-    temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
-    top_p=st.sampled_from([1.0, 1.0, 0.05, 0.5, 0.9, 0.99]),
-    top_k=st.sampled_from([0, 0, 1, 2, 5, 40, 1000]),
-    min_p=st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0]),
-    seed=st.integers(-(2**63), 2**63 - 1),
-    position=st.integers(0, 100_000),
+MIXED = (
+    Asked({"logprobs": 5}, history=range(10)),
+    Asked({"temperature": 1.0, "seed": -5, "logprobs": 0}, history=range(20)),
+    Asked({"temperature": 0.7, "top_k": 50, "seed": 2**62 + 3}),
+    Asked(padding=True),
+    Asked({"temperature": 1.0, "top_p": 0.9, "seed": 4, "logprobs": 20}, history=range(3), prompt=2),
+    Asked({"temperature": 1.0, "min_p": 0.05, "seed": -(2**63)}),
+    Asked({"temperature": 1.3, "top_p": 0.8, "top_k": 100, "min_p": 0.001, "seed": 9}),
+    Asked({"temperature": 1.0, "top_p": 0.7, "min_p": 0.01, "seed": 1}),
+    Asked({"temperature": 2.5, "top_p": 0.95, "seed": 2}),
+    Asked({"temperature": 1e-40, "top_p": 0.5}),
+    Asked(
+        {"presence": 1.0, "frequency": 0.5, "repetition": 1.2, "min_tokens": 9, "logprobs": 3},
+        bias={5: 3.0, 77: 100.0},
+        stops=(77,),
+        history=(1, 5, 5, 9, 1),
+        prompt=2,
+    ),
 )
 
 
-@given(logits=grid_logits, row=rows)
-@settings(max_examples=400)
-def test_a_row_is_sampled_as_the_sorted_model_says(logits: list[float], row: Row) -> None:
-    values = torch.tensor(logits)
-    assert int(sample(values[None], batch([row])).tokens) == model(values, row)
+@pytest.mark.parametrize("logprobs", [-1, 20])
+def test_every_kind_of_row_in_one_step_is_sampled_by_the_rules(logprobs: int) -> None:
+    check(random_logits(len(MIXED)), MIXED, logprobs=logprobs)
 
 
-@given(logits=st.lists(grid_logits, min_size=2, max_size=6), data=st.data())
-def test_the_batch_around_a_row_never_changes_it(logits: list[list[float]], data: st.DataObject) -> None:
-    vocab = min(map(len, logits))
-    table = torch.tensor([row[:vocab] for row in logits])
-    params = data.draw(st.lists(rows, min_size=len(table), max_size=len(table)))
-    together = sample(table, batch(params), logprobs=1)
-    for i, row in enumerate(params):
-        alone = sample(table[i : i + 1], batch([row]), logprobs=1)
-        for field in fields(SampleResult):
-            assert torch.equal(getattr(alone, field.name)[0], getattr(together, field.name)[i])
+def test_the_batch_around_a_row_never_changes_it() -> None:
+    logits = random_logits(len(MIXED), seed=1)
+    together = check(logits, MIXED, logprobs=20)
+    for row in (1, 4, 6, 10):
+        alone = check(logits[row : row + 1], MIXED[row : row + 1], logprobs=20)
+        assert alone.tokens[0] == together.tokens[row]
+        assert alone.chosen_logprob is not None
+        assert together.chosen_logprob is not None
+        if MIXED[row].how.get("logprobs", -1) >= 0:
+            assert alone.chosen_logprob[0] == together.chosen_logprob[row]
 
 
-def test_a_row_over_a_whole_vocabulary_is_bitwise_the_same_in_every_batch() -> None:
-    vocab = 49_152
-    logits = 3 * torch.randn(6, vocab, generator=torch.Generator().manual_seed(0))
-    params = [
-        Row(),
-        Row(temperature=0.0),
-        Row(top_p=0.9, seed=1),
-        Row(temperature=2.0, top_p=0.99, seed=2),
-        Row(top_k=50, top_p=0.8, seed=3),
-        Row(min_p=0.05, seed=4),
-    ]
-    together = sample(logits, batch(params), logprobs=3)
-    for i, row in enumerate(params):
-        alone = sample(logits[i : i + 1], batch([row]), logprobs=3)
-        for field in fields(SampleResult):
-            assert torch.equal(getattr(alone, field.name)[0], getattr(together, field.name)[i]), field.name
-
-
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.999])
-def test_a_nucleus_of_thousands_of_tokens_is_cut_where_the_sorted_mass_reaches_top_p(top_p: float) -> None:
-    vocab, draws = 20_000, 40
-    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * 0.1
-    descending = logits.sort(descending=True)
-    size = int((descending.values.double().softmax(0).cumsum(0) < top_p).sum()) + 1
-    allowed = torch.full((vocab,), -torch.inf).scatter(0, descending.indices[:size], 0.0)
-    expected = [int((logits + allowed + gumbel(0, position, vocab)).argmax()) for position in range(draws)]
-
-    params = batch([Row(top_p=top_p, position=position) for position in range(draws)])
-    assert sample(logits.expand(draws, -1), params).tokens.tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("row", "allowed"),
-    [
-        (Row(top_k=3, min_p=0.5), {0}),
-        (Row(top_k=2, min_p=0.01), {0, 1, 2}),  # 1 and 2 tie
-        (Row(top_k=3, top_p=0.4), {0}),
-        (Row(min_p=0.01, top_p=0.7), {0, 1, 2}),
-        (Row(), {0, 1, 2, 3, 4}),
-    ],
+# Steps of 1/4 and temperatures that are powers of two: ties are common and no rounding decides.
+ways = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+        "top_p": st.sampled_from([1.0, 1.0, 0.05, 0.517, 0.917, 0.993]),
+        "top_k": st.sampled_from([0, 0, 1, 2, 5, 40, 1000]),
+        "min_p": st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0]),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+        "logprobs": st.integers(-1, 8),
+    }
 )
-def test_the_strictest_restriction_holds(row: Row, allowed: set[int]) -> None:
-    logits = torch.tensor([0.0, -1.0, -1.0, -1.5, -1.5]).expand(200, -1)
-    tokens = sample(logits, batch([replace(row, position=position) for position in range(200)])).tokens
-    assert set(tokens.tolist()) == allowed
-
-
-def test_draws_follow_the_distribution() -> None:
-    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
-    draws = 4000
-    params = batch([Row(seed=7, position=position) for position in range(draws)])
-    tokens = sample(probabilities.log().expand(draws, -1).contiguous(), params).tokens
-    expected = probabilities * draws
-    chi_square = float(((tokens.bincount(minlength=5) - expected) ** 2 / expected).sum())
-    assert chi_square < 23.5  # 4 degrees of freedom: once in 10^4 seeds
-
-
-def test_the_same_seed_and_position_repeat_the_token_and_others_do_not() -> None:
-    logits = torch.zeros(1, 1000)
-    first = [int(sample(logits, batch([Row(seed=5, position=p)])).tokens) for p in range(20)]
-    again = [int(sample(logits, batch([Row(seed=5, position=p)])).tokens) for p in range(20)]
-    other = [int(sample(logits, batch([Row(seed=6, position=p)])).tokens) for p in range(20)]
-    assert first == again
-    assert len(set(first)) > 15
-    assert sum(a == b for a, b in zip(first, other, strict=True)) < 5
-
-
-@pytest.mark.parametrize("vocab", [3, 50_000])
-def test_greedy_takes_the_lowest_id_of_equal_logits(vocab: int) -> None:
-    logits = torch.zeros(4, vocab)
-    logits[1, 1:] = 1.0
-    logits[2, vocab - 1] = 1.0
-    logits[3] = -torch.inf  # everything forbidden: still a token of the vocabulary
-    assert sample(logits, batch([Row(temperature=0.0)] * 4)).tokens.tolist() == [0, 1, vocab - 1, 0]
-    assert 0 <= int(sample(logits[3:], batch([Row()])).tokens) < vocab
-
-
-@pytest.mark.parametrize("temperature", [1e-6, 1e-40])
-def test_a_tiny_temperature_is_greedy_and_overflows_nowhere(temperature: float) -> None:
-    logits = torch.tensor([[-3e4, 1.0, 0.5, 3e4]])
-    for row in (
-        Row(temperature),
-        Row(temperature, top_p=0.9),
-        Row(temperature, top_k=2),
-        Row(temperature, min_p=0.1),
-    ):
-        assert int(sample(logits, batch([row])).tokens) == 3
-
-
-def test_logits_are_left_unchanged() -> None:
-    logits = torch.randn(2, 30)
-    before = logits.clone()
-    bias = Bias(torch.tensor([0]), torch.tensor([1]), torch.tensor([5.0]))
-    history = History(
-        torch.tensor([1]), torch.zeros(1, 4, dtype=torch.int32), torch.tensor([1]), torch.tensor([2])
-    )
-    sample(logits, batch([Row(top_k=3, presence=1.0)] * 2, bias, history), logprobs=2)
-    assert torch.equal(logits, before)
-
-
-def test_bias_is_added_to_its_row_and_token_and_minus_infinity_forbids() -> None:
-    logits = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
-    bias = Bias(torch.tensor([0, 0, 1]), torch.tensor([2, 0, 0]), torch.tensor([-torch.inf, 0.5, 2.5]))
-    result = sample(logits, batch([Row(temperature=0.0)] * 2, bias), logprobs=3)
-    assert result.tokens.tolist() == [1, 0]
-    expected = torch.tensor([[1.5, 2.0, -torch.inf], [3.5, 2.0, 3.0]]).log_softmax(-1)
-    assert result.top_tokens is not None
-    assert result.top_logprobs is not None
-    assert torch.allclose(expected.gather(-1, result.top_tokens), result.top_logprobs)
 
 
 @given(
-    logits=st.lists(st.floats(-5, 5, width=32), min_size=6, max_size=6),
-    prompt=st.lists(st.integers(0, 5), max_size=5),
-    generated=st.lists(st.integers(0, 5), max_size=8),
-    presence=st.sampled_from([0.0, 0.5, -2.0]),
-    frequency=st.sampled_from([0.0, 0.25, -1.0]),
-    repetition=st.sampled_from([1.0, 1.5, 0.5]),
+    grid=st.lists(st.integers(-40, 8), min_size=1, max_size=300), how=st.lists(ways, min_size=6, max_size=6)
 )
-def test_penalties_are_those_of_openai_and_ctrl(
-    logits: list[float],
-    prompt: list[int],
-    generated: list[int],
-    presence: float,
-    frequency: float,
-    repetition: float,
-) -> None:
-    expected = list(logits)
-    for token in {*prompt, *generated}:
-        expected[token] *= repetition if expected[token] < 0 else 1 / repetition
-    for token in set(generated):
-        expected[token] -= presence + frequency * generated.count(token)
+@settings(max_examples=12)
+def test_ties_are_kept_and_go_to_the_lowest_id(grid: list[int], how: list[dict[str, float]]) -> None:
+    logits = torch.tensor(grid).repeat(len(how), 1) / 4
+    check(logits, [Asked(each, history=range(4)) for each in how], logprobs=8)
 
-    tokens = [*prompt, *generated]
-    history = History(
-        rows=torch.tensor([1]),
-        tokens=torch.tensor([[*tokens, *[3] * (16 - len(tokens))]], dtype=torch.int32),  # 3 is not said
-        prompt_len=torch.tensor([len(prompt)]),
-        total_len=torch.tensor([len(tokens)]),
+
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_a_flat_distribution_is_cut_where_its_lists_are_too_long(scale: float) -> None:
+    ways_to_cut = (
+        {"top_p": 0.5},
+        {"top_p": 0.999},
+        {"top_k": 3000},
+        {"top_k": 8999, "top_p": 0.9},
+        {"top_k": 9000},
+        {"min_p": 0.8},
+        {"min_p": 1e-6, "top_p": 0.3},
     )
-    row = Row(temperature=0.0, presence=presence, frequency=frequency, repetition=repetition)
-    result = sample(torch.tensor([logits, logits]), batch([row, row], history=history), logprobs=6)
-    assert result.top_tokens is not None
-    assert result.top_logprobs is not None
-    for i, wanted in enumerate((logits, expected)):  # the first row has no history: left alone
-        by_token = torch.empty(6).scatter(0, result.top_tokens[i], result.top_logprobs[i])
-        assert torch.allclose(by_token, torch.tensor(wanted).log_softmax(0), atol=1e-5)
+    asked = [Asked({**DRAWN, **how, "seed": seed}) for seed, how in enumerate(ways_to_cut)]
+    check(random_logits(len(asked), scale=scale), asked)
 
 
-def test_a_tiny_repetition_penalty_gives_finite_logprobs() -> None:
-    history = History(
-        torch.tensor([0]), torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([2]), torch.tensor([2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_16_bits_are_told_apart_by_their_own_bits(dtype: torch.dtype) -> None:
+    asked = [
+        replace(each, bias={}, how=each.how | {"presence": 0, "frequency": 0, "repetition": 1})
+        for each in MIXED
+    ]
+    asked = [replace(each, how=each.how | {"min_tokens": 0}) for each in asked]
+    for scale in (3.0, 0.1):
+        check(random_logits(len(asked), scale=scale, seed=2).to(dtype), asked, logprobs=20)
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 4096, 4097])
+def test_a_vocabulary_may_end_anywhere(vocab: int) -> None:
+    asked = [
+        Asked({"logprobs": 20}),
+        Asked({**DRAWN, "logprobs": 4}),
+        Asked({**DRAWN, "top_p": 0.9, "top_k": 3, "logprobs": 0}),
+    ]
+    check(random_logits(3, vocab=vocab), asked, logprobs=20)
+
+
+def test_the_smallest_top_p_keeps_the_best_token() -> None:
+    asked = [
+        Asked({**DRAWN, "top_p": top_p, "seed": seed}) for seed, top_p in enumerate((1e-46, 1e-40, 1e-3))
+    ]
+    logits = random_logits(3, scale=0.1)
+    assert check(logits, asked).tokens[:2].tolist() == logits[:2].argmax(-1).tolist()
+
+
+# ---- edits
+
+
+def test_penalties_count_what_the_sequence_said_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(3)
+    history = torch.randint(0, 300, (2500,), generator=generator).tolist()
+    penalties = (
+        {"presence": 0.7},
+        {"frequency": 0.3},
+        {"frequency": -2.0, "presence": -2.0},
+        {"repetition": 1.7},
+        {"repetition": 0.3, "frequency": 0.11, "presence": 0.23},
+        {"repetition": 1e-40},
     )
-    result = sample(
-        torch.tensor([[5.0, 4.0, 3.0]]), batch([Row(repetition=1e-40)], history=history), logprobs=2
-    )
-    assert result.chosen_logprob is not None
-    assert result.chosen_logprob.isfinite().all()
-    assert int(result.tokens) in {0, 1}
+    asked = [
+        Asked({**how, "logprobs": 20}, history=history[: 2500 - 300 * row], prompt=700 - 100 * row)
+        for row, how in enumerate(penalties)
+    ]
+    asked += [Asked({"logprobs": 20}, history=history)]  # nothing is changed for it
+    check(random_logits(len(asked), vocab=400), asked, logprobs=20, max_length=2600)
 
 
-def test_logprobs_are_taken_before_temperature_and_restrictions() -> None:
-    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
-    row = Row(temperature=0.1, top_k=1, seed=3)
-    result = sample(logits, batch([row]), logprobs=2)
-    expected = logits.log_softmax(-1)[0]
-    assert int(result.tokens) == 1
-    assert result.chosen_logprob is not None
-    assert torch.equal(result.chosen_logprob, expected[1:2])
-    assert result.top_tokens is not None
-    assert result.top_tokens.tolist() == [[1, 3]]
-    assert result.top_logprobs is not None
-    assert torch.equal(result.top_logprobs[0], expected[[1, 3]])
+def test_edited_logits_are_those_of_the_rules_bit_by_bit() -> None:
+    asked = [
+        Asked(
+            {"repetition": 1.3, "presence": 0.7, "frequency": 0.37, "min_tokens": 3},
+            bias={token: 0.1 * token for token in range(1000)},
+            stops=(3, 1500),
+            history=[*range(990, 1010), *([1003] * 5), 3],
+            prompt=24,
+        )
+    ]
+    logits = random_logits(1, vocab=2000)
+    step = Step.of(asked)
+    edited = logits.clone()
+    sampling.launch(edited, *step.arguments)
+    expected = logits[0].clone()
+    expected[:1000] += torch.tensor([0.1 * token for token in range(1000)])
+    expected[[3, 1500]] = -torch.inf
+    seen = sorted(set(asked[0].history))
+    rows = expected[seen]
+    expected[seen] = rows * torch.where(rows > 0, 1 / torch.tensor(1.3), torch.tensor(1.3))
+    expected[1003] = expected[1003] - torch.tensor(0.37) - torch.tensor(0.7)  # of 6 times one is generated
+    expected[3] = -torch.inf
+    assert torch.equal(edited[0], expected)
 
 
-def test_logprobs_are_computed_only_when_asked_for() -> None:
-    logits = torch.randn(2, 8)
-    params = batch([Row(), Row(temperature=0.0)])
-    none = sample(logits, params)
-    assert none.chosen_logprob is None
-    assert none.top_tokens is None
-    assert none.top_logprobs is None
-    chosen_only = sample(logits, params, logprobs=0)
-    assert chosen_only.chosen_logprob is not None
-    assert chosen_only.top_tokens is not None
-    assert chosen_only.top_tokens.shape == (2, 0)
-    assert math.isfinite(float(chosen_only.chosen_logprob.sum()))
+@pytest.mark.parametrize(("generated", "forbidden"), [(0, True), (3, True), (4, False)])
+def test_min_tokens_forbids_its_stops_until_then(generated: int, forbidden: bool) -> None:
+    logits = torch.zeros(1, 50)
+    logits[0, 7] = 9.0
+    asked = [Asked({"min_tokens": 4}, bias={7: 100.0}, stops=(7, 8), history=range(2 + generated), prompt=2)]
+    assert (int(check(logits, asked).tokens) == 7) != forbidden
 
 
-def test_a_greedy_batch_draws_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
-        raise AssertionError("noise for a greedy batch")
-
-    monkeypatch.setattr("kernels.sampling.philox_uniform", fail)
-    monkeypatch.setattr("kernels.sampling.philox_uniform_vocab", fail)
-    sample(torch.randn(3, 100), batch([Row(temperature=0.0, top_p=0.5)] * 3), logprobs=2)
+def test_few_programs_edit_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "EDITORS", 2)
+    asked = [Asked({"frequency": 1.0}, history=(1, row, row)) for row in range(40)]
+    asked[5] = asked[33] = Asked(padding=True)
+    check(random_logits(40, vocab=50, scale=1.0), asked)
 
 
-@pytest.mark.parametrize("row", [Row(top_k=50), Row(min_p=0.05), Row(temperature=0.5, top_p=0.5)])
-def test_noise_is_drawn_only_for_the_tokens_that_are_left(monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
-    drawn = []
+# ---- what cannot be sampled
 
-    def counted(seed: torch.Tensor, position: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        drawn.append(len(token))
-        return torch.full(token.shape, 0.5)
 
-    monkeypatch.setattr("kernels.sampling.philox_uniform", counted)
-    logits = 4 * torch.randn(1, 49_152, generator=torch.Generator().manual_seed(0))
-    sample(logits, batch([row]))
-    assert 0 < sum(drawn) < 500
+@pytest.mark.parametrize("how", [{}, DRAWN, {**DRAWN, "top_p": 0.9}, {"frequency": 1.0, "repetition": 2.0}])
+def test_a_row_with_broken_logits_says_so_and_yields_token_0(how: dict[str, float]) -> None:
+    logits = random_logits(6)
+    logits[0, 8000] = torch.nan
+    logits[1, 5] = torch.inf
+    logits[2] = torch.nan
+    logits[3] = -torch.inf
+    logits[4, 2:] = -torch.inf
+    asked = [Asked({**how, "logprobs": 2}, bias={5: 1.0}, history=(5, 8000, 5)) for _ in range(6)]
+    result = check(logits, asked, logprobs=2)
+    assert result.finite.tolist() == [False] * 4 + [True] * 2
+    assert result.tokens[:4].tolist() == [0] * 4
+
+
+def test_a_full_line_of_the_token_table_is_not_written_beyond() -> None:
+    step = Step.of([Asked({}, history=range(4)), Asked({}, history=range(4))], max_length=4)
+    before = step.tokens.clone()
+    sampling.launch(random_logits(2, vocab=40), *step.arguments)
+    assert torch.equal(step.tokens, before)
+
+
+def test_no_rows_are_no_work() -> None:
+    step = Step.of([])
+    assert sampling.launch(torch.empty(0, 40), *step.arguments, logprobs=3).top_tokens is not None
