@@ -116,13 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--kv-memory",
         type=size,
-        default="1GiB",
         metavar="SIZE",
-        help="for KV pages (default %(default)s)",
+        help="for KV pages; by default 1GiB on the CPU, on a GPU what is left of --gpu-memory",
     )
-    add("--block-size", type=int, default=16, help="tokens a block, the same in the whole deployment (16)")
-    add("--max-running", type=int, default=16, help="sequences in one step (default %(default)s)")
-    add("--max-step-tokens", type=int, default=512, help="tokens computed in one step (default %(default)s)")
+    add("--gpu-memory", type=float, metavar="SHARE", help="of the card that may be used (default 0.92)")
+    add("--block-size", type=int, help="tokens a block, the same in the whole deployment (16; GPU 64)")
+    add("--max-running", type=int, help="sequences in one step (default 16; GPU 256)")
+    add("--max-step-tokens", type=int, help="tokens computed in one step (default 512; GPU 8192)")
     add("--max-model-len", type=int, help="prompt and generated tokens; by default the model's own limit")
     add("--redis", metavar="URL", help="the shared cache store; by default none")
     add(
@@ -144,13 +144,14 @@ def _config(options: argparse.Namespace) -> WorkerConfig:
         port=options.port,
         metrics_port=options.metrics_port,
         secret=_secret(options.secret_file),
-        engine=EngineConfig(
+        engine=EngineConfig.for_device(
+            options.device,
             block_size=options.block_size,
             kv_bytes=options.kv_memory,
+            gpu_memory=options.gpu_memory,
             max_running=options.max_running,
             max_step_tokens=options.max_step_tokens,
             max_model_len=options.max_model_len,
-            pipeline_depth=1 if options.device == "cpu" else 2,
         ),
         device=options.device,
         dtype=options.dtype,

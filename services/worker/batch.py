@@ -1,4 +1,4 @@
-"""The tensors of one step: a mixed batch of prefill chunks and decodes, as the decoder reads it."""
+"""The tensors of one step: a mixed batch of decodes and prefill chunks, as the decoder reads it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.attention import AttentionBatch
+
 
 @dataclass(frozen=True)
 class Batch:
     """T tokens of R rows (sequences), all tensors on the model's device.
 
-    Row r owns the tokens query_start[r] to query_start[r + 1]; they are the last of its context_len[r]
-    tokens. Tokens and rows beyond the real ones are padding: slot -1, context_len 0.
+    The rows and what they attend to are `attention`'s; its page table also says where the tokens' K and V go.
     """
 
-    token_ids: torch.Tensor  # [T] int32 or int64
-    positions: torch.Tensor  # [T] int32 or int64, from 0
-    slots: torch.Tensor  # [T] int64, page * block_size + offset: where the token's K and V go
-    query_start: torch.Tensor  # [R + 1] int32
-    context_len: torch.Tensor  # [R] int32, tokens with KV after this step
-    block_tables: torch.Tensor  # [R, max_blocks] int32, page of each block
-    logit_rows: torch.Tensor  # [L] int64, the tokens (indices into T) whose logits are wanted
-    max_query: int  # most tokens of one row
+    slots: torch.Tensor  # [T] int32, line of the tables; -1 = padding
+    positions: torch.Tensor  # [T] int32, from 0
+    write_from: torch.Tensor  # [T] int32, first position of the token's sequence whose KV this step writes
+    tokens: torch.Tensor  # [S, max_length] int32: token ids, a line a slot
+    attention: AttentionBatch
+    logit_rows: torch.Tensor | None  # [L] int32, indices of the tokens whose logits are wanted; None = all

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kernels.sampling_table import MAX_BIASES, MAX_STOPS
 from services.wire.hashes import HASH_BYTES
 from services.wire.messages import MAX_PRIORITY, Retention, SamplingParams
 from services.worker.request import Request, RequestError
 
 #: OpenAI's limit; each costs a sorted candidate a token.
 MAX_LOGPROBS = 20
+
+#: Leaves half of the forbidden tokens of a slot to the model's own ends of sequence.
+MAX_STOP_TOKENS = MAX_STOPS // 2
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,19 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     _check_range("repetition_penalty", sampling.repetition_penalty, 0, math.inf, above=True)
     _check_range("seed", sampling.seed, -(2**63), 2**63 - 1)
     _check_range("logprobs", sampling.logprobs, -1, MAX_LOGPROBS)
+    _check_count("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKENS)
     for token in sampling.stop_token_ids:
         _check_ids("stop_token_ids", token, token, vocab_size)
+    _check_count("logit_bias", len(sampling.logit_bias), MAX_BIASES)
     for token, value in sampling.logit_bias.items():
         _check_ids("logit_bias", token, token, vocab_size)
         if not math.isfinite(value):
             raise RequestError(f"logit_bias of token {token} must be finite, got {value}")
+
+
+def _check_count(field: str, count: int, most: int) -> None:
+    if count > most:
+        raise RequestError(f"{field} must name at most {most} tokens, got {count}")
 
 
 def _check_range(field: str, value: float, least: float, most: float, *, above: bool = False) -> None:

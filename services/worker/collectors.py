@@ -5,11 +5,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from services.worker.counters import Counters
+from services.worker.memory import MemoryLedger
 
 
 class StepHistogram(Collector):
@@ -45,8 +52,11 @@ class StepHistogram(Collector):
 class EngineCollector(Collector):
     """The engine's own counters, read when scraped."""
 
-    def __init__(self, counters: Counters, labels: dict[str, str]) -> None:
+    def __init__(
+        self, counters: Counters, memory: Callable[[], MemoryLedger | None], labels: dict[str, str]
+    ) -> None:
         self._counters = counters
+        self._memory = memory
         self._labels = labels
 
     def collect(self) -> Iterable[Metric]:
@@ -64,12 +74,28 @@ class EngineCollector(Collector):
                 "Prompt tokens computed, again after preemption.",
                 engine.prefill_tokens,
             ),
+            ("device_wait_seconds", "The engine's thread waited for the device.", engine.wait_s),
+            ("device_idle_seconds", "The device waited for the host between two steps.", engine.idle_s),
+            (
+                "late_kernels",
+                "Kernels compiled after the worker was ready; requests waited for each.",
+                engine.late_kernels,
+            ),
             ("store_offered_blocks", "Blocks handed to the store.", engine.offered_blocks),
             ("store_unoffered_blocks", "Blocks the store had no room for in time.", engine.unoffered_blocks),
         ):
             family = CounterMetricFamily(f"reprise_{name}", text, labels=list(self._labels))
             family.add_metric(values, value)
             families.append(family)
+        if memory := self._memory():
+            parts = GaugeMetricFamily(
+                "reprise_gpu_memory_bytes",
+                "Who has what of the GPU's memory; the parts add up to the card.",
+                labels=[*self._labels, "part"],
+            )
+            for part, size in memory.parts().items():
+                parts.add_metric([*values, part], size)
+            families.append(parts)
         return families
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
 
 from services.wire.messages import Finish, FinishReason, Logprob, Start
 from services.worker.counters import Counters
@@ -19,6 +20,7 @@ class Sampled:
 
     tokens: Ordered[int]
     logprobs: Ordered[Logprob | None] | None = None
+    broken: Set[int] = field(default_factory=frozenset)  # rows whose logits are not finite
 
 
 def commit(
@@ -31,10 +33,16 @@ def commit(
     """
     _name_generated_blocks(scheduler, plan, now)
     outputs: list[Output] = []
+    failed: list[Output] = []
     finished = Phase.FINISHED
     logprobs = sampled.logprobs
     for row, sequence in enumerate(plan.sampled):
         if sequence.phase is finished:
+            continue
+        if row in sampled.broken:
+            message = "the model's logits are not finite: its weights or its KV hold NaN or infinity"
+            finish = end(scheduler, sequence, "error", now, counters, message=message)
+            failed.append(Output(sequence.request.key, finish=finish))
             continue
         token = sampled.tokens[row]
         tokens = sequence.tokens
@@ -51,7 +59,7 @@ def commit(
         else:
             outputs.append(Output(key, (token,), start, chosen))
     counters.generated_tokens += len(outputs)
-    return outputs
+    return outputs + failed
 
 
 def end(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from services.wire.hashes import check_block_size
 
@@ -12,19 +13,34 @@ class EngineConfig:
     """Raises ValueError naming the field, the value and the limit."""
 
     block_size: int = 16  # tokens a page; the deployment's
-    kv_bytes: int = 1 << 30  # memory for KV pages
+    kv_bytes: int | None = None  # memory for KV pages; None = 1 GiB on a CPU, what is left on a GPU
+    gpu_memory: float = 0.92  # share of the card that may be used, KV pages and everything else
     pages: int | None = None  # so many pages, whatever their bytes
     max_running: int = 16  # sequences that hold pages
     max_step_tokens: int = 512  # decodes and prefill chunks of one step: bounds how long a decode waits
     max_model_len: int | None = None  # lowers the model's own limit
     pipeline_depth: int = 1  # steps under way: 2 overlaps planning with the device
 
+    @classmethod
+    def for_device(cls, device: str, **given: Any) -> EngineConfig:
+        """Defaults that suit the device, and over them what is given and not None.
+
+        On a GPU a page of 64 tokens is one tile of attention, 8,192 tokens a step keep its tensor cores busy,
+        and the next step is launched while one runs.
+        """
+        defaults: dict[str, Any] = {}
+        if device.partition(":")[0] == "cuda":
+            defaults = {"block_size": 64, "max_running": 256, "max_step_tokens": 8192, "pipeline_depth": 2}
+        return cls(**defaults | {name: value for name, value in given.items() if value is not None})
+
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
-        for name in ("kv_bytes", "max_running"):
-            _at_least(name, getattr(self, name), 1)
-        if self.pages is not None:
-            _at_least("pages", self.pages, 1)
+        _at_least("max_running", self.max_running, 1)
+        for name in ("kv_bytes", "pages"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if not 0 < self.gpu_memory <= 1:
+            raise ValueError(f"gpu_memory must be above 0 and at most 1, got {self.gpu_memory}")
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 2)
         if self.max_step_tokens < self.max_running:
@@ -35,15 +51,18 @@ class EngineConfig:
         if self.pipeline_depth not in (1, 2):
             raise ValueError(f"pipeline_depth must be 1 or 2, got {self.pipeline_depth}")
 
-    def page_count(self, bytes_per_page: int) -> int:
-        """Pages to allocate. Raises ValueError if the memory does not hold one."""
+    def page_count(self, bytes_per_page: int, available: int) -> int:
+        """Pages to allocate, `available` bytes being there unless the config says how many to take. Raises
+        ValueError if the memory does not hold one."""
         if self.pages is not None:
             return self.pages
-        if self.kv_bytes < bytes_per_page:
+        kv_bytes = available if self.kv_bytes is None else self.kv_bytes
+        if kv_bytes < bytes_per_page:
             raise ValueError(
-                f"kv_bytes must hold at least one page of {bytes_per_page} B, got {self.kv_bytes}"
+                f"kv_bytes must hold at least one page of {bytes_per_page} B, got {kv_bytes}"
+                + (f" (left of gpu_memory {self.gpu_memory})" if self.kv_bytes is None else "")
             )
-        return self.kv_bytes // bytes_per_page
+        return kv_bytes // bytes_per_page
 
     def model_len(self, model_limit: int, pages: int) -> int:
         """Prompt and generated tokens of one request at most: what model, memory and this setting allow."""

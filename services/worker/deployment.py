@@ -52,8 +52,9 @@ class WorkerReplica:
             "redis_url": os.environ.get("REDIS_URL"),
             **args.worker,
         }
-        settings["engine"] = EngineConfig(**settings.get("engine", {}))
-        if settings.get("device", "cpu") == "cpu":
+        device = settings.get("device", "cpu")
+        settings["engine"] = EngineConfig.for_device(device, **settings.get("engine", {}))
+        if device == "cpu":
             # Replicas on one machine share its cores; more threads than cores would halve the speed of all.
             cores = len(os.sched_getaffinity(0))
             settings.setdefault("threads", max(1, cores // args.replicas))

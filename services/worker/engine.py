@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
+from kernels.compiled import kernels_compiled
 from services.wire.messages import Finish, FinishReason, Stats, Tier
 from services.worker.check import RequestLimits, check_request
 from services.worker.commit import commit, end
@@ -23,6 +24,7 @@ from services.worker.counters import Counters
 from services.worker.inbox import Inbox
 from services.worker.kv import KVCache, page_bytes
 from services.worker.load import LoadedModel
+from services.worker.memory import MemoryLedger, kv_bytes_available, ledger
 from services.worker.pages import PagePool
 from services.worker.plan import StepPlan
 from services.worker.rates import Rates
@@ -35,6 +37,9 @@ from services.worker.tiers import StoreTier
 from services.worker.warm_up import warm_up
 
 log = logging.getLogger(__name__)
+
+#: For KV pages on a CPU unless the config says otherwise.
+_CPU_KV_BYTES = 1 << 30
 
 #: How often a turn without a step looks at loads under way.
 _LOAD_POLL_S = 0.0005
@@ -53,6 +58,7 @@ class _Step:
     plan: StepPlan
     launched: Launched
     launched_s: float
+    behind: Launched | None  # the step that was under way at the launch
 
 
 class Engine:
@@ -66,13 +72,23 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Allocates the KV memory. `store` stays the caller's to close, after `stop`."""
-        self.pages = config.page_count(page_bytes(model.spec, config.block_size, model.kv_dtype))
+        decoder = model.decoder
+        on_gpu = decoder.device.type == "cuda"
+        available = _CPU_KV_BYTES
+        if on_gpu and config.pages is None and config.kv_bytes is None:
+            available = kv_bytes_available(decoder, config, config.max_model_len or model.max_model_len)
+        self.pages = config.page_count(page_bytes(model.spec, config.block_size, model.kv_dtype), available)
         self.max_model_len = config.model_len(model.max_model_len, self.pages)
         self.counters = Counters()
-        self.kv = KVCache(model.spec, self.pages, config.block_size, model.kv_dtype, model.decoder.device)
+        self.kv = KVCache(model.spec, self.pages, config.block_size, model.kv_dtype, decoder.device)
         self.runner = Runner(
-            model.decoder.forward, self.kv, max_running=config.max_running, max_length=self.max_model_len
+            decoder,
+            self.kv,
+            max_running=config.max_running,
+            max_step_tokens=config.max_step_tokens,
+            max_length=self.max_model_len,
         )
+        self._decoder = decoder
         self._config = config
         self._eos = frozenset(model.eos_token_ids)
         self._request_limits = RequestLimits(
@@ -84,13 +100,14 @@ class Engine:
         self._store = store
         self._clock = clock
         self._rates = Rates()
+        self._kernels_warm = 0
         self._pool = PagePool(self.pages)
         self._loads: StoreLoads | None = None
         self._write_behind: WriteBehind | None = None
         if store is not None:
             self._loads = StoreLoads(store, self._rates, config.block_size)
             self._write_behind = WriteBehind(store, self.kv, self._pool, self.counters, clock)
-        limits = Limits(config.block_size, config.max_running, config.max_step_tokens)
+        limits = Limits(config.block_size, config.max_running, config.max_step_tokens, group_prefixes=on_gpu)
         self._scheduler = Scheduler(limits, self._pool, self._loads)
 
         self._inbox = Inbox()
@@ -107,8 +124,10 @@ class Engine:
     def warm_up(self) -> None:
         """Before `start`: make the first request as fast as the second and measure the rates in `stats`."""
         limits = self._scheduler.limits
+        self.runner.capture()
         warm_up(self.runner, limits, self.pages, self.max_model_len, self._rates, self._clock)
         self._stats = self._current_stats()
+        self._kernels_warm = kernels_compiled()
 
     def start(self, listener: StepListener) -> None:
         """Begin to step. `listener` gets every report, on the engine's thread."""
@@ -147,6 +166,10 @@ class Engine:
         self._inbox.close("the engine was stopped")
         if self._thread is not None:
             self._thread.join()
+
+    def memory(self) -> MemoryLedger | None:
+        """Who has what of the GPU's memory now; None on a CPU."""
+        return ledger(self._decoder, self.kv) if self._decoder.device.type == "cuda" else None
 
     @property
     def idle(self) -> bool:
@@ -211,7 +234,8 @@ class Engine:
     def _launch(self, plan: StepPlan) -> list[Output]:
         launched_s = self._clock()
         try:
-            self._steps.append(_Step(plan, self.runner.launch(plan), launched_s))
+            behind = self._steps[-1].launched if self._steps else None
+            self._steps.append(_Step(plan, self.runner.launch(plan), launched_s, behind))
         except Exception as error:
             return self._fail([plan], error)
         return []
@@ -219,6 +243,7 @@ class Engine:
     def _commit_oldest(self) -> tuple[list[Output], float]:
         """Outputs of the oldest step and the seconds that the device spent on it."""
         step = self._steps.popleft()
+        waiting_s = self._clock()
         try:
             sampled = step.launched.result()
         except Exception as error:
@@ -226,6 +251,9 @@ class Engine:
             self._steps.clear()
             return self._fail(plans, error), 0.0
         now = self._clock()
+        self.counters.wait_s += now - waiting_s
+        if step.behind is not None:
+            self.counters.idle_s += step.launched.idle_s(step.behind)
         step_s = now - max(step.launched_s, self._committed_s)
         self._committed_s = now
         outputs = commit(self._scheduler, step.plan, sampled, now, self.counters)
@@ -242,6 +270,7 @@ class Engine:
         self.counters.step_s += step_s
         self.counters.prefill_tokens += prefill_tokens
         self.counters.preemptions = self._scheduler.preemptions
+        self.counters.late_kernels = kernels_compiled() - self._kernels_warm
         return outputs, step_s
 
     def _fail(self, plans: list[StepPlan], error: Exception) -> list[Output]:

@@ -28,6 +28,7 @@ class PagePool:
         self._policy = EvictionPolicy()
         self._free = list(range(pages - 1, -1, -1))
         self._references = [0] * pages
+        self.sharing_version = 0  # another one means: the pages with several users may be others
         self._hash_of: list[bytes | None] = [None] * pages
         self._page_of: dict[bytes, int] = {}
         self._cached = 0
@@ -56,6 +57,10 @@ class PagePool:
                 break
             found.append(page)
         return found
+
+    def users(self, page: int) -> int:
+        """Sequences that hold this page."""
+        return self._references[page]
 
     def is_cached(self, page: int) -> bool:
         """Whether sharing this page takes it out of what can be allocated."""
@@ -86,11 +91,13 @@ class PagePool:
             self._policy.hold(hash, now)
             self._cached -= 1
         self._references[page] += 1
+        self.sharing_version += 1
 
     def release(self, page: int, now: float) -> None:
         """One user less. Release a sequence's pages from its tail: earlier releases are evicted earlier."""
         self._references[page] -= 1
         if self._references[page]:
+            self.sharing_version += 1
             return
         hash = self._hash_of[page]
         if hash is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from services.worker.prefixes import PrefixGroup
 from services.worker.sequence import FilledBlock, Sequence
 
 
@@ -28,6 +29,7 @@ class StepPlan:
     placed: dict[int, Sequence] = field(default_factory=dict)  # slot -> new occupant: tables need its tokens
     pages: dict[tuple[int, int], int] = field(default_factory=dict)  # (slot, block index) -> page, changes
     filled: list[FilledBlock] = field(default_factory=list)
+    prefixes: list[PrefixGroup] = field(default_factory=list)  # decodes that begin with the same pages
 
     @property
     def sampled(self) -> list[Sequence]:

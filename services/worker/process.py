@@ -106,6 +106,9 @@ class Worker:
             rates.prefill_tokens_per_s,
             rates.decode_step_s * 1e3,
         )
+        if memory := engine.memory():
+            parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in memory.parts().items())
+            log.info("GPU memory of %.2f GiB: %s", memory.total / 2**30, parts)
 
         hello = Hello(
             worker_id=config.name,
@@ -120,7 +123,7 @@ class Worker:
         )
         server = WorkerServer(engine, hello, model.text, config.secret, self._registry)
         labels = server.labelled.labels
-        self._registry.register(EngineCollector(engine.counters, labels))
+        self._registry.register(EngineCollector(engine.counters, engine.memory, labels))
         if store is not None:
             self._registry.register(StoreCollector(store.counts, labels))
         ProcessCollector(registry=self._registry)
@@ -183,4 +186,5 @@ def _engine(model: LoadedModel, config: EngineConfig, store: StoreTier | None) -
         return Engine(model, config, store)
     except (MemoryError, RuntimeError) as error:  # PyTorch's CPU allocator raises a plain RuntimeError
         reason = str(error).splitlines()[0]
-        raise ValueError(f"kv_bytes of {config.kv_bytes} cannot be allocated: {reason}") from error
+        wanted = "the KV memory" if config.kv_bytes is None else f"kv_bytes of {config.kv_bytes}"
+        raise ValueError(f"{wanted} cannot be allocated: {reason}") from error

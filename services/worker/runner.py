@@ -1,150 +1,185 @@
-"""Runs one step plan on the device: gather its tokens, one forward pass, sample, keep what was sampled."""
+"""Runs one step plan on the device: the plan's numbers go over, one forward pass, sample, results come back.
+
+Most steps replay a CUDA graph (see `graphs`); those with much to prefill, and all on the CPU, launch kernel
+by kernel what a graph holds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence as Ordered
+from typing import Any
 
-import numpy as np
 import torch
 
+from kernels.attention import AttentionBatch, SharedPrefixes, Workspace
 from kernels.sampling import SampleResult, sample
 from services.wire.messages import Logprob
 from services.worker.batch import Batch
 from services.worker.commit import Sampled
+from services.worker.graphs import StepGraphs
 from services.worker.kv import KVCache
+from services.worker.models.decoder import Decoder
 from services.worker.plan import StepPlan
+from services.worker.prefixes import PrefixGroup
+from services.worker.rows import Rows, prefix_tiles
+from services.worker.sequence import Sequence
+from services.worker.staging import Staging
 from services.worker.tables import Tables
-
-#: `Decoder.forward`: logits [len(batch.logit_rows), vocabulary] in fp32.
-Forward = Callable[[Batch, KVCache], torch.Tensor]
 
 
 class Launched:
     """A step under way."""
 
-    def __init__(self, device: torch.device, result: SampleResult | None, top: list[int] | None) -> None:
-        """`result` is None when no row samples. Row r wants `top[r]` best tokens, -1 = no log-probability."""
+    def __init__(
+        self,
+        result: SampleResult | None = None,
+        rows: Ordered[int] = (),
+        top: list[int] | None = None,
+        begun: torch.cuda.Event | None = None,
+    ) -> None:
+        """`rows` of the result are the step's tokens, in order. The i-th of them wants `top[i]` best tokens,
+        -1 = no log-probability; `top` None = none does. `begun` was recorded before the step's first launch,
+        None on the CPU."""
+        self._rows = rows
         self._top = top
-        self._tokens = self._chosen = self._top_tokens = self._top_logprobs = None
-        if result is not None:
-            self._tokens = _to_host(result.tokens)
-            self._chosen = _to_host(result.chosen_logprob)
-            self._top_tokens = _to_host(result.top_tokens)
-            self._top_logprobs = _to_host(result.top_logprobs)
-        self._done = torch.cuda.Event() if device.type == "cuda" else None
-        if self._done is not None:
-            self._done.record()
+        self._begun = begun
+        self._results: list[torch.Tensor] = []
+        if result is not None and rows:
+            self._results = [_to_host(result.tokens), _to_host(result.finite)]
+            if top is not None:
+                assert result.chosen_logprob is not None
+                assert result.top_tokens is not None
+                assert result.top_logprobs is not None
+                explained = (result.chosen_logprob, result.top_tokens, result.top_logprobs)
+                self._results += [_to_host(tensor) for tensor in explained]
+        self._done = None if begun is None else _record()
 
     def result(self) -> Sampled:
         """Waits for the step, tokens or not. Raises what the device raised."""
         if self._done is not None:
             self._done.synchronize()
-        if self._tokens is None:
+        if not self._results:
             return Sampled([])
+        columns: list[list[Any]] = [tensor.tolist() for tensor in self._results]
+        tokens, finite, *explained = ([column[row] for row in self._rows] for column in columns)
+        broken = frozenset() if all(finite) else {row for row, good in enumerate(finite) if not good}
         if self._top is None:
-            return Sampled(self._tokens.tolist())
-        assert self._chosen is not None
-        assert self._top_tokens is not None
-        assert self._top_logprobs is not None
-        rows = zip(
-            self._top,
-            self._chosen.tolist(),
-            self._top_tokens.tolist(),
-            self._top_logprobs.tolist(),
-            strict=True,
-        )
+            return Sampled(tokens, broken=broken)
         logprobs = [
             Logprob(chosen, tuple(zip(ids[:k], values[:k], strict=True))) if k >= 0 else None
-            for k, chosen, ids, values in rows
+            for k, chosen, ids, values in zip(self._top, *explained, strict=True)
         ]
-        return Sampled(self._tokens.tolist(), logprobs)
+        return Sampled(tokens, logprobs, broken)
+
+    def idle_s(self, before: Launched) -> float:
+        """How long the device had nothing to do between the step `before` and this one, both done."""
+        if before._done is None or self._begun is None:
+            return 0.0
+        return max(0.0, float(before._done.elapsed_time(self._begun)) * 1e-3)
 
 
 class Runner:
     """Executes plans in the order of their launches. One stream: what is launched later sees everything that
     was launched before."""
 
-    def __init__(self, forward: Forward, kv: KVCache, *, max_running: int, max_length: int) -> None:
-        self._forward = forward
+    def __init__(
+        self, decoder: Decoder, kv: KVCache, *, max_running: int, max_step_tokens: int, max_length: int
+    ) -> None:
+        self._decoder = decoder
         self._kv = kv
-        self._tables = Tables(max_running, max_length, kv.block_size, kv.storage.device)
+        self._device = decoder.device
+        self._max_running = max_running
+        self._max_step_tokens = max_step_tokens
+        self._tables = Tables(max_running, max_length, kv.block_size, self._device)
+        self._staging = Staging(self._device)
+        self._workspace: Workspace | None = None
+        self._graphs: StepGraphs | None = None
+        if self.on_gpu:
+            spec = decoder.spec
+            self._workspace = Workspace(
+                max_running, spec.heads, spec.kv_heads, spec.head_dim, device=self._device
+            )
+
+    @property
+    def on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record the graphs; on the CPU there are none. The tables must be unused."""
+        if self._workspace is not None:
+            self._graphs = StepGraphs(
+                self._decoder,
+                self._kv,
+                self._tables,
+                self._workspace,
+                self._staging,
+                self._max_running,
+                self._max_step_tokens,
+            )
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Start the step. The tokens it samples stay on the device until `result` is asked for."""
-        tables = self._tables
-        tables.place(plan.placed)
-        tables.set_pages(plan.pages)
-        rows = _Rows(plan)
-        device = tables.device
-        slots, _, ends, write_from = torch.from_numpy(rows.by_row).to(device, non_blocking=True)
-        row, positions = torch.from_numpy(rows.by_token).to(device, non_blocking=True)
+        begun = _record() if self.on_gpu else None
+        self._tables.place(plan.placed)
+        self._tables.set_pages(plan.pages)
+        top = _logprobs(plan.sampled)
+        most = -1 if top is None else max(top)
+        rows = Rows(plan)
+        variant = self._graphs.variant(rows, plan.prefixes, most) if self._graphs is not None else None
+        if variant is not None:
+            assert self._graphs is not None
+            size = variant.size
+            result = self._graphs.replay(variant, rows, plan.prefixes)
+        else:
+            size = rows.size
+            result = self._run(rows, plan.prefixes, most)
+        return Launched(result, rows.sampled(size), top, begun)
 
-        size = self._kv.block_size
-        token_slots = slots[row]
-        kv_slots = tables.pages[token_slots, positions // size].long() * size + positions % size
-        if rows.reads_only:
-            kv_slots = torch.where(positions < write_from[row], -1, kv_slots)
-        blocks = -(-int(rows.ends.max()) // size)
-        sampled = torch.from_numpy(rows.sampled).to(device, non_blocking=True)
-        query_start = torch.from_numpy(rows.query_start).to(device, non_blocking=True)
-        logits = self._forward(
-            Batch(
-                token_ids=tables.tokens[token_slots, positions],
-                positions=positions,
-                slots=kv_slots,
-                query_start=query_start,
-                context_len=ends.int(),
-                block_tables=tables.pages[:, :blocks][slots],
-                logit_rows=query_start[sampled + 1].long() - 1,
-                max_query=rows.max_query,
-            ),
-            self._kv,
+    def _run(self, rows: Rows, groups: Ordered[PrefixGroup], logprobs: int) -> SampleResult:
+        tables, size = self._tables, rows.size
+        parts = rows.batch(size)
+        if groups:
+            assert self._workspace is not None
+            parts += prefix_tiles(
+                groups,
+                rows=size.decodes,
+                tiles=self._workspace.max_tiles,
+                rows_a_tile=self._workspace.rows_a_tile,
+                block_size=self._kv.block_size,
+            )
+        sent = self._staging.send(parts)
+        slots, positions, write_from, row_slots, ends, first, last, sampled, *shared = sent
+        attention = AttentionBatch(
+            block_tables=tables.pages,
+            slots=row_slots,
+            query_start=first,
+            context_len=ends,
+            decodes=size.decodes,
+            max_query=rows.max_query,
+            shared=SharedPrefixes(*shared) if shared else None,
+            workspace=self._workspace,
         )
-        if not len(sampled):
-            return Launched(device, None, None)
-        host_slots = rows.slots[rows.sampled].tolist()
-        lengths = ends[sampled]
-        top = tables.logprobs(host_slots)
-        params = tables.sampling(host_slots, slots[sampled], lengths)
-        result = sample(logits, params, logprobs=-1 if top is None else max(top))
-        tables.tokens[slots[sampled], lengths] = result.tokens.int()
-        return Launched(device, result, top)
+        batch = Batch(slots, positions, write_from, tables.tokens, attention, logit_rows=last)
+        logits = self._decoder.forward(batch, self._kv)
+        return sample(logits, tables.sampling, tables.tokens, sampled, ends, logprobs=logprobs)
 
 
-class _Rows:
-    """The numbers of a plan as host arrays."""
-
-    def __init__(self, plan: StepPlan) -> None:
-        decodes, chunks = len(plan.decodes), plan.chunks
-        rows = decodes + len(chunks)
-        self.by_row = np.empty((4, rows), dtype=np.int64)  # slot, first position, end, first written position
-        self.slots, self.starts, self.ends, self.write_from = self.by_row
-        self.slots[:decodes] = [sequence.slot for sequence in plan.decodes]
-        self.starts[:decodes] = plan.decode_starts
-        self.slots[decodes:] = [chunk.sequence.slot for chunk in chunks]
-        self.starts[decodes:] = [chunk.start for chunk in chunks]
-        lengths = np.ones(rows, dtype=np.int64)
-        lengths[decodes:] = [chunk.length for chunk in chunks]
-        np.add(self.starts, lengths, out=self.ends)
-        self.write_from[:decodes] = self.starts[:decodes]
-        self.write_from[decodes:] = [chunk.write_from for chunk in chunks]
-        self.reads_only = bool((self.write_from > self.starts).any())
-
-        self.query_start = np.zeros(rows + 1, dtype=np.int32)
-        np.cumsum(lengths, out=self.query_start[1:])
-        self.max_query = int(lengths.max())
-        self.by_token = np.empty((2, int(self.query_start[-1])), dtype=np.int64)  # row, position
-        row, position = self.by_token
-        row[:] = np.repeat(np.arange(rows), lengths)
-        position[:] = np.arange(len(position)) - np.repeat(self.query_start[:-1] - self.starts, lengths)
-        samples = np.ones(rows, dtype=bool)
-        samples[decodes:] = [chunk.samples for chunk in chunks]
-        self.sampled = samples.nonzero()[0]
+def _logprobs(sampled: Ordered[Sequence]) -> list[int] | None:
+    """How many top log-probabilities each row asks for, -1 = none; None if no row does."""
+    wanted = [sequence.request.sampling.logprobs for sequence in sampled]
+    return wanted if any(k >= 0 for k in wanted) else None
 
 
-def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _record() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that arrives with the stream; on the CPU the tensor itself."""
-    if tensor is None or not tensor.is_cuda:
+    if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

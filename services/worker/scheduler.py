@@ -22,6 +22,7 @@ from typing import Protocol
 
 from services.worker.pages import PagePool
 from services.worker.plan import Chunk, StepPlan
+from services.worker.prefixes import PrefixGroups
 from services.worker.sequence import FilledBlock, Phase, Sequence
 
 #: Share of the pages kept free at admission, so that running sequences can grow before one is preempted.
@@ -35,6 +36,7 @@ class Limits:
     block_size: int
     max_running: int  # sequences that hold pages
     max_step_tokens: int  # decodes and prefill chunks together
+    group_prefixes: bool = False  # say in plans which decodes share a prefix
 
 
 class BlockLoader(Protocol):
@@ -57,6 +59,7 @@ class Scheduler:
         self._block_size = limits.block_size
         self._loader = loader
         self._watermark = int(pool.pages * _WATERMARK)
+        self._prefixes = PrefixGroups(pool)
         self._serials = count()
         self._waiting: list[Sequence] = []  # by order
         self._loading: dict[bytes, Sequence] = {}  # by the first block it loads
@@ -119,6 +122,8 @@ class Scheduler:
         self._admit(budget, plan, now)
         if not plan.decodes and not plan.chunks:
             return None
+        if self.limits.group_prefixes:
+            plan.prefixes = self._prefixes.of(plan.decodes)
         plan.placed, self._placed = self._placed, {}
         plan.pages, self._changed_pages = self._changed_pages, {}
         return plan

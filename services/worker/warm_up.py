@@ -1,11 +1,13 @@
-"""One prompt and a few decodes before the first request: nothing is compiled or allocated later, and the
+"""A few prompts and decodes before the first request: nothing is compiled or allocated later, and the
 engine's rates are measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Ordered
 
 from services.wire.messages import SamplingParams
+from services.worker.check import MAX_LOGPROBS
 from services.worker.commit import commit
 from services.worker.counters import Counters
 from services.worker.pages import PagePool
@@ -18,33 +20,73 @@ from services.worker.sequence import Sequence
 _PROMPT_TOKENS = 256
 _NEW_TOKENS = 8
 
+#: Kernels come in variants by the number of tokens of a step: so many prompt tokens, each beside the decodes
+#: of the prompts before, meet all of them. The largest step is added to these.
+_CHUNKS = (1, 14, 29, 60, 100, 200, 400, 1000)
+
 
 def warm_up(
     runner: Runner, limits: Limits, pages: int, max_model_len: int, rates: Rates, clock: Callable[[], float]
 ) -> None:
     """Run on books of its own, so that no page and no block name is left behind. Feeds `rates`."""
-    prompt = [0] * max(1, min(_PROMPT_TOKENS, max_model_len // 2))
-    sampling = SamplingParams(max_tokens=min(_NEW_TOKENS, max_model_len - len(prompt)), temperature=0.0)
-    request = Request(key=None, tokens=prompt, root=b"", hashes=[], sampling=sampling)
-    _run(request, runner, Scheduler(limits, PagePool(pages)), Rates(), clock)  # the first run tells nothing
-    _run(request, runner, Scheduler(limits, PagePool(pages)), rates, clock)
+    longest = min(max_model_len - 1, limits.max_step_tokens, (pages - 1) * limits.block_size)
+    measured = max(1, min(_PROMPT_TOKENS, max_model_len // 2))
+    new_tokens = min(_NEW_TOKENS, max_model_len - measured)
+    plain = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    if runner.on_gpu:
+        chunks = [length for length in (*_CHUNKS, longest) if 0 < length <= longest]
+        for sampling in (plain, _explained(new_tokens)):
+            _run(chunks, sampling, runner, limits, pages, Rates(), clock)
+    else:
+        _run([measured], plain, runner, limits, pages, Rates(), clock)  # the first run tells nothing
+    _run([measured], plain, runner, limits, pages, rates, clock)
+
+
+def _explained(new_tokens: int) -> SamplingParams:
+    """Parameters that have every part of the sampler do something."""
+    return SamplingParams(
+        max_tokens=new_tokens,
+        temperature=1.0,
+        top_p=0.9,
+        top_k=50,
+        presence_penalty=1.0,
+        logit_bias={0: 1.0},
+        logprobs=MAX_LOGPROBS,
+        ignore_eos=True,
+    )
 
 
 def _run(
-    request: Request, runner: Runner, scheduler: Scheduler, rates: Rates, clock: Callable[[], float]
+    prompts: Ordered[int],
+    sampling: SamplingParams,
+    runner: Runner,
+    limits: Limits,
+    pages: int,
+    rates: Rates,
+    clock: Callable[[], float],
 ) -> None:
-    scheduler.add(
-        Sequence(
-            request,
-            block_size=scheduler.limits.block_size,
-            max_length=len(request.tokens) + request.sampling.max_tokens,
-            stop_ids=frozenset(),
-        )
-    )
-    while (plan := scheduler.plan(now=0.0)) is not None:
+    """Prompts of these lengths, one joining each step."""
+    scheduler = Scheduler(limits, PagePool(pages))
+    waiting = [(number, [number] * length) for number, length in enumerate(prompts)]
+    while True:
+        if waiting:
+            number, tokens = waiting.pop(0)
+            scheduler.add(_sequence(number, tokens, sampling, limits.block_size))
+        plan = scheduler.plan(now=0.0)
+        if plan is None:
+            return
         started_s = clock()
         sampled = runner.launch(plan).result()
         rates.observe(
             prefill_tokens=plan.prefill_tokens, decodes=len(plan.decodes), seconds=clock() - started_s
         )
         commit(scheduler, plan, sampled, 0.0, Counters())
+
+
+def _sequence(number: int, tokens: list[int], sampling: SamplingParams, block_size: int) -> Sequence:
+    return Sequence(
+        Request(key=number, tokens=tokens, root=b"", hashes=[], sampling=sampling),
+        block_size=block_size,
+        max_length=len(tokens) + sampling.max_tokens,
+        stop_ids=frozenset(),
+    )

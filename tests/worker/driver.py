@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
+from kernels.attention import AttentionBatch, Workspace
 from services.worker.batch import Batch
 from services.worker.kv import KVCache
 from services.worker.load import LoadedModel
@@ -15,43 +16,64 @@ from services.worker.load import LoadedModel
 class Driver:
     """Keeps the tokens and pages of each sequence; a sequence grows by what `step` is given for it."""
 
-    def __init__(self, model: LoadedModel, *, pages: int = 128, block_size: int = 16) -> None:
+    def __init__(
+        self, model: LoadedModel, *, pages: int = 128, block_size: int = 16, slots: int = 64
+    ) -> None:
         self.model = model
-        self.kv = KVCache(model.spec, pages, block_size, model.kv_dtype, model.decoder.device)
+        device = model.decoder.device
+        spec = model.spec
+        self.kv = KVCache(spec, pages, block_size, model.kv_dtype, device)
         self._free = random.Random(0).sample(range(pages), pages)
-        self._lengths: dict[Hashable, int] = {}
-        self._pages: dict[Hashable, list[int]] = {}
+        self._slots: dict[Hashable, int] = {}
+        self._lengths: list[int] = [0] * slots
+        self._pages: list[list[int]] = [[] for _ in range(slots)]
+        self._tokens = torch.zeros(slots, pages * block_size, dtype=torch.int32, device=device)
+        self._tables = torch.zeros(slots, pages, dtype=torch.int32, device=device)
+        self._workspace = (
+            Workspace(slots, spec.heads, spec.kv_heads, spec.head_dim, device=device)
+            if device.type == "cuda"
+            else None
+        )
 
     def batch(self, work: Sequence[tuple[Hashable, Sequence[int]]]) -> Batch:
-        """One step that appends the given tokens to the named sequences, logits wanted of every token."""
-        tokens: list[int] = []
-        positions: list[int] = []
+        """One step that appends the given tokens to the named sequences, logits wanted of every token.
+
+        Sequences that get a single token must come first."""
+        rows: list[int] = []
         slots: list[int] = []
+        positions: list[int] = []
         query_start = [0]
+        device = self.kv.storage.device
         for key, new in work:
-            first = self._lengths.get(key, 0)
-            pages = self._pages.setdefault(key, [])
-            size = self.kv.block_size
-            while len(pages) * size < first + len(new):
+            slot = self._slots.setdefault(key, len(self._slots))
+            first = self._lengths[slot]
+            last = self._lengths[slot] = first + len(new)
+            pages = self._pages[slot]
+            while len(pages) * self.kv.block_size < last:
                 pages.append(self._free.pop())
-            for position in range(first, first + len(new)):
-                positions.append(position)
-                slots.append(pages[position // size] * size + position % size)
-            tokens += new
-            query_start.append(len(tokens))
-            self._lengths[key] = first + len(new)
-        width = max(len(self._pages[key]) for key, _ in work)
-        tables = [self._pages[key] + [0] * (width - len(self._pages[key])) for key, _ in work]
-        return Batch(
-            token_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
-            query_start=torch.tensor(query_start, dtype=torch.int32),
-            context_len=torch.tensor([self._lengths[key] for key, _ in work], dtype=torch.int32),
-            block_tables=torch.tensor(tables, dtype=torch.int32),
-            logit_rows=torch.arange(len(tokens)),
-            max_query=max(len(new) for _, new in work),
+            self._tables[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            self._tokens[slot, first:last] = torch.tensor(new, dtype=torch.int32)
+            rows.append(slot)
+            slots += [slot] * len(new)
+            positions += range(first, last)
+            query_start.append(len(positions))
+        lengths = [len(new) for _, new in work]
+        decodes = next((row for row, length in enumerate(lengths) if length > 1), len(lengths))
+
+        def tensor(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        attention = AttentionBatch(
+            block_tables=self._tables,
+            slots=tensor(rows),
+            query_start=tensor(query_start),
+            context_len=tensor([self._lengths[slot] for slot in rows]),
+            decodes=decodes,
+            max_query=max(lengths),
+            workspace=self._workspace,
         )
+        place = tensor(positions)
+        return Batch(tensor(slots), place, place, self._tokens, attention, logit_rows=None)
 
     def step(self, work: Sequence[tuple[Hashable, Sequence[int]]]) -> list[torch.Tensor]:
         """Run it; the logits [new tokens, vocab] of each sequence."""

@@ -66,6 +66,11 @@ def test_an_ordinary_request_passes() -> None:
         (sampled(seed=2**63), "seed must be at least"),
         (sampled(logprobs=21), "logprobs must be at least -1 and at most 20, got 21"),
         (sampled(stop_token_ids=(320,)), "stop_token_ids must be token ids from 0 to 319, got 320"),
+        (sampled(stop_token_ids=tuple(range(65))), "stop_token_ids must name at most 64 tokens, got 65"),
+        (
+            sampled(logit_bias=dict.fromkeys(range(1025), 1.0)),
+            "logit_bias must name at most 1024 tokens, got 1025",
+        ),
         (sampled(logit_bias={-1: 1.0}), "logit_bias must be token ids from 0 to 319, got -1"),
         (sampled(logit_bias={1: math.inf}), "logit_bias of token 1 must be finite, got inf"),
         (retained(Retention(0, 41)), "within the prompt's 40 tokens, got 0 to 41"),
@@ -117,6 +122,7 @@ def test_memory_and_setting_bound_the_length_of_a_request() -> None:
 
 def test_kv_bytes_become_pages() -> None:
     config = EngineConfig(kv_bytes=1000)
-    assert config.page_count(300) == 3
+    assert config.page_count(300, available=10**9) == 3
     with pytest.raises(ValueError, match="kv_bytes must hold at least one page of 1001 B, got 1000"):
-        config.page_count(1001)
+        config.page_count(1001, available=10**9)
+    assert EngineConfig().page_count(300, available=1000) == 3

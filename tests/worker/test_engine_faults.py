@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from services.worker.engine import Engine, EngineConfig
 from services.worker.plan import StepPlan
@@ -37,7 +36,7 @@ class FailingRunner:
 
 class FailingLaunch(Launched):
     def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), None, None)
+        super().__init__()
 
     def result(self) -> Any:
         raise RuntimeError("out of memory")

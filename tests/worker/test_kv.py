@@ -58,7 +58,7 @@ def test_a_sequence_continues_the_same_from_pages_copied_to_another_cache() -> N
     expected = first.step([("a", tokens)])[0][48:]
     second = Driver(model)
     batch = second.batch([("a", tokens[:48])])  # takes three pages and computes nothing
-    source = first.batch([("a", [0])]).block_tables[0].tolist()
+    source = first.batch([("a", [0])]).attention.block_tables[0].tolist()
     blocks = [first.kv.read_page(page) for page in source[:3]]
-    second.kv.write_pages(batch.block_tables[0].tolist(), blocks)
+    second.kv.write_pages(batch.attention.block_tables[0, :3].tolist(), blocks)
     torch.testing.assert_close(second.step([("a", tokens[48:])])[0], expected, atol=1e-4, rtol=0)

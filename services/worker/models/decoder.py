@@ -4,72 +4,81 @@ from __future__ import annotations
 
 import torch
 
-from kernels.attention import paged_attention
-from kernels.linear import linear
-from kernels.norm import rms_norm
+from kernels.attention import AttentionPlan, paged_attention, plan
+from kernels.linear import Norm, linear
 from kernels.rope import rope_kv_write
-from kernels.swiglu import swiglu
+from kernels.step_inputs import step_inputs
 from services.worker.batch import Batch
 from services.worker.kv import KVCache
 from services.worker.models.spec import ModelSpec
-from services.worker.models.weights import LayerWeights, Weights
+from services.worker.models.weights import LayerWeights, Weights, fold_norms
 
 
 class Decoder:
     """Pre-norm transformer over paged KV.
 
-    The residual stream lives in one tensor that every norm updates in place (`rms_norm` adds its input to
-    it), so a layer is two norms, four matrices, and one kernel each for rope + KV write, attention, SwiGLU.
+    The residual stream lives in one tensor that the output projections add to; norms and SwiGLU belong to
+    the projections around them. So a layer is four linears, rope + KV write, and attention: six launches on
+    a GPU.
     """
 
     def __init__(
         self, spec: ModelSpec, weights: Weights, device: torch.device | str, max_model_len: int | None = None
     ) -> None:
-        """`max_model_len` bounds the positions in tokens (the model's own limit by default)."""
+        """`max_model_len` bounds the positions in tokens (the model's own limit by default). The weights
+        become the decoder's own: for a GPU they are changed in place."""
         self.spec = spec
-        self.weights = weights
         self.device = torch.device(device)
+        self.weights = fold_norms(weights) if self.device.type == "cuda" else weights
         self.dtype = weights.embedding.dtype
         self.cos_sin = spec.rope.table(max_model_len or spec.max_position, device)
 
     def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """Run one step: write the K and V of every token of `batch` into `kv`, attend, and return the
-        logits [L, vocab] fp32 of the tokens `batch.logit_rows`."""
-        spec, weights = self.spec, self.weights
-        x = weights.embedding[batch.token_ids]
-        residual = torch.zeros_like(x)
+        logits [L, vocab] of the tokens `batch.logit_rows`, in the dtype of the weights."""
+        spec, weights, attention = self.spec, self.weights, batch.attention
+        plans = {
+            window: plan(attention, block_size=kv.block_size, window=window) for window in set(spec.windows)
+        }
+        x, kv_slots = step_inputs(
+            batch.slots,
+            batch.positions,
+            batch.write_from,
+            batch.tokens,
+            attention.block_tables,
+            weights.embedding,
+            block_size=kv.block_size,
+        )
         for i, layer in enumerate(weights.layers):
-            x = rms_norm(x, layer.attn_norm, spec.norm_eps, residual)
-            x = self._attention(i, layer, x, batch, kv)
-            x = rms_norm(x, layer.mlp_norm, spec.norm_eps, residual)
-            x = linear(swiglu(linear(x, layer.gate_up)), layer.down)
-        x = rms_norm(x[batch.logit_rows], weights.norm, spec.norm_eps, residual[batch.logit_rows])
-        return linear(x, weights.head).float()
+            attended = self._attend(i, layer, x, kv_slots, batch, plans[spec.windows[i]], kv)
+            linear(attended, layer.o, layer.o_bias, add_to=x)
+            hidden = linear(x, layer.gate_up, norm=Norm(spec.norm_eps, layer.mlp_norm), swiglu=True)
+            linear(hidden, layer.down, add_to=x)
+        if batch.logit_rows is not None:
+            x = x.index_select(0, batch.logit_rows)
+        return linear(x, weights.head, norm=Norm(spec.norm_eps, weights.norm))
 
-    def _attention(
-        self, index: int, layer: LayerWeights, x: torch.Tensor, batch: Batch, kv: KVCache
+    def _attend(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        kv_slots: torch.Tensor,
+        batch: Batch,
+        plan: AttentionPlan,
+        kv: KVCache,
     ) -> torch.Tensor:
+        """What the heads of layer `index` give for every token: [T, heads * head_dim]."""
         k_pages, v_pages = kv.k(index), kv.v(index)
         q = rope_kv_write(
-            linear(x, layer.qkv, layer.qkv_bias),
+            linear(x, layer.qkv, layer.qkv_bias, norm=Norm(self.spec.norm_eps, layer.attn_norm)),
             self.cos_sin,
             batch.positions,
-            batch.slots,
+            kv_slots,
             k_pages,
             v_pages,
             eps=self.spec.norm_eps,
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
         )
-        out = paged_attention(
-            q,
-            k_pages,
-            v_pages,
-            batch.block_tables,
-            batch.query_start,
-            batch.context_len,
-            scale=self.spec.head_dim**-0.5,
-            max_query=batch.max_query,
-            window=self.spec.windows[index],
-        )
-        return linear(out.flatten(1), layer.o, layer.o_bias)
+        return paged_attention(q, k_pages, v_pages, plan, scale=self.spec.head_dim**-0.5).flatten(1)

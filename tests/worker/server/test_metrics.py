@@ -5,6 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from services.wire.messages import Finish, Start, Stats
 from services.worker.collectors import EngineCollector, StepHistogram
 from services.worker.counters import Counters
+from services.worker.memory import MemoryLedger
 from services.worker.metrics import TOKEN_BUCKETS, LabelledRegistry, WorkerMetrics
 from services.worker.request import Output
 
@@ -130,8 +131,11 @@ def test_a_step_histogram_counts_like_prometheus_own():
 def test_the_engines_counters_are_read_when_scraped():
     registry = CollectorRegistry()
     counters = Counters()
-    registry.register(EngineCollector(counters, LABELS))
+    memory = MemoryLedger(total=100, weights=40, kv=30, activations=10, driver=5, free=15)
+    registry.register(EngineCollector(counters, lambda: memory, LABELS))
     counters.steps, counters.step_s, counters.prefill_tokens = 4, 0.5, 300
     assert registry.get_sample_value("reprise_step_seconds_count", LABELS) == 4
     assert registry.get_sample_value("reprise_step_seconds_sum", LABELS) == 0.5
     assert registry.get_sample_value("reprise_computed_prompt_tokens_total", LABELS) == 300
+    assert registry.get_sample_value("reprise_gpu_memory_bytes", {**LABELS, "part": "kv"}) == 30
+    assert registry.get_sample_value("reprise_late_kernels_total", LABELS) == 0
