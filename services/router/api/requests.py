@@ -13,6 +13,7 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_TOP_K = 2**31 - 1  # what workers count with
 MAX_SCHEDULING_PRIORITY = 10
 MAX_RANGES = 64
 
@@ -75,7 +76,12 @@ class Sampling(Input):
     ) = None
     top_k: (
         Annotated[
-            int, Meta(ge=-1, description="0 and -1: off. Default: the model's generation config, else off")
+            int,
+            Meta(
+                ge=-1,
+                le=MAX_TOP_K,
+                description="0 and -1: off. Default: the model's generation config, else off",
+            ),
         ]
         | None
     ) = None

@@ -24,6 +24,7 @@ def refusal(decoder, body):
         ({"temperature": "hot"}, "temperature", ["float", '"hot"']),
         ({"top_p": 0}, "top_p", ["> 0", "is 0"]),
         ({"top_k": -2}, "top_k", [">= -1", "-2"]),
+        ({"top_k": 2**70}, "top_k", ["<= 2147483647"]),  # no integer of the token channel
         ({"min_p": 1.01}, "min_p", ["<= 1.0", "1.01"]),
         ({"presence_penalty": -3}, "presence_penalty", [">= -2", "-3"]),
         ({"frequency_penalty": 3}, "frequency_penalty", ["<= 2", "3"]),
