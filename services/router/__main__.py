@@ -19,7 +19,7 @@ from pathlib import Path
 import uvloop
 
 from services.fleet import Fleet, StaticFleet
-from services.options import port
+from services.options import port, size
 from services.router.config import RouterConfig
 from services.router.router import Router
 from services.router.server import HttpServer
@@ -168,10 +168,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--max-body",
-        type=int,
+        type=size,
         default=_DEFAULTS["max_body_bytes"],
-        metavar="BYTES",
-        help="largest request body (default %(default)s)",
+        metavar="SIZE",
+        help="largest request body, 8MiB say (default %(default)s bytes)",
     )
     add("--drain-timeout", type=float, default=120.0, metavar="S", help="seconds (default %(default)g)")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info")

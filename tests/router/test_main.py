@@ -44,6 +44,16 @@ def test_a_taken_port_is_one_clear_line_and_exit_code_1(capsys):
     assert out == ""
 
 
+def test_the_largest_body_is_a_size_as_the_readme_writes_it():
+    with fake_worker() as worker, router("--workers", worker, "--max-body", "1MiB") as (_, url):
+        connection = connect(url)
+        body = json.dumps(chat("x" * (1 << 20)))
+        connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status == 413
+        assert str(1 << 20) in answer.read().decode()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -51,6 +61,7 @@ def test_a_taken_port_is_one_clear_line_and_exit_code_1(capsys):
         (("--workers", "nowhere"), "host:port, got 'nowhere'"),
         (("--workers", "a:1", "--max-queue", "-1"), "max_queue must be at least 0, got -1"),
         (("--workers", "a:1", "--port", "70000"), "must be from 0 to 65535"),
+        (("--workers", "a:1", "--max-body", "much"), "must be a size above 0 such as 512MiB"),
         (("--workers", "a:1", "--secret-file", "/nonexistent"), "No such file"),
         (("--workers", "a:1", "--api-keys-file", "/dev/null"), "/dev/null holds no API key"),
     ],
