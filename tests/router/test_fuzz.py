@@ -29,7 +29,20 @@ def document(url):
     found = httpx.get(f"{url}/openapi.json").json()
     for name in ("ChatRequest", "CompletionRequest"):  # or nearly every example would end at an unknown model
         found["components"]["schemas"][name]["properties"]["model"]["enum"] = ["fake", "other"]
+    # Likewise messages that say nothing, which only assistants with tool calls may send.
+    message = found["components"]["schemas"]["Message"]
+    message["properties"]["content"] = {"type": "string"}
+    message["required"] = [*message["required"], "content"]
     return found
+
+
+def whole(value):
+    """JSON Schema takes 1.0 for an integer and the router does not: write it as 1."""
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @pytest.mark.slow
@@ -50,6 +63,8 @@ def test_generation_answers_whatever_it_is_sent(document, url, path, mode):
     )
     @given(case=schema[path]["POST"].as_strategy(generation_mode=mode))
     def check(case):
+        if mode is schemathesis.GenerationMode.POSITIVE:
+            case.body = whole(case.body)
         response = case.call()
         statuses[response.status_code] += 1
         case.validate_response(
