@@ -16,6 +16,7 @@ log-probabilities are captured when a step first wants one (tens of milliseconds
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -99,10 +100,10 @@ class StepGraphs:
             if rows >= MIN_ROWS:
                 self._capture(Variant(Size(rows), shared=True))
         for tokens in CHUNK_TOKENS:
-            alone, *others = (Variant(Size(n, chunk_rows(tokens), tokens)) for n in self._mixed_decodes)
-            if tokens > most or not self._capture(alone):
+            variants = [Variant(Size(n, chunk_rows(tokens), tokens)) for n in self._mixed_decodes]
+            if tokens > most or not self._host_is_slower(variants[0]):
                 break
-            for variant in others:
+            for variant in variants:
                 self._capture(variant)
             self._chunk_tokens.append(tokens)
 
@@ -168,9 +169,10 @@ class StepGraphs:
             parts.append(np.full((tiles, rows_a_tile), -1, dtype=np.int32))
         return parts
 
-    def _batch(self, variant: Variant, parts: Ordered[torch.Tensor]) -> tuple[Batch, torch.Tensor]:
-        """The batch over the inputs of a variant, and the slots it samples for."""
+    def _step(self, variant: Variant) -> Callable[[], SampleResult]:
+        """What the graph of a variant holds, over its inputs, which are set to padding."""
         tables, size = self._tables, variant.size
+        parts = self._staging.send(self._padding(variant), into=self._inputs)
         if size.chunks:
             slots, positions, write_from, row_slots, ends, first, last, sampled = parts
         else:
@@ -187,27 +189,34 @@ class StepGraphs:
             shared=SharedPrefixes(*parts[3:]) if variant.shared else None,
             workspace=self._workspace,
         )
-        return Batch(slots, positions, write_from, tables.tokens, attention, last), sampled
-
-    def _capture(self, variant: Variant) -> bool:
-        """Returns whether the host took longer to launch the kernels than the device to run them."""
-        batch, sampled = self._batch(variant, self._staging.send(self._padding(variant), into=self._inputs))
-        tables = self._tables
+        batch = Batch(slots, positions, write_from, tables.tokens, attention, last)
+        most = MAX_LOGPROBS if variant.logprobs else -1
 
         def step() -> SampleResult:
             logits = self._decoder.forward(batch, self._kv)
-            ends = batch.attention.context_len
-            most = MAX_LOGPROBS if variant.logprobs else -1
             return sample(logits, tables.sampling, tables.tokens, sampled, ends, logprobs=most)
 
-        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
+        return step
+
+    def _host_is_slower(self, variant: Variant) -> bool:
+        """Whether launching the kernels one by one takes the host longer than the device to run them."""
+        step = self._step(variant)
         with torch.cuda.stream(self._stream):
+            step()  # loads every kernel
+            self._stream.synchronize()
             begun_s = time.perf_counter()
-            step()  # loads every kernel and allocates what lasts: neither may happen in a capture
+            step()
             launched_s = time.perf_counter()
             self._stream.synchronize()
-            host_is_slower = time.perf_counter() - launched_s < 0.25 * (launched_s - begun_s)
+            return time.perf_counter() - launched_s < 0.25 * (launched_s - begun_s)
+
+    def _capture(self, variant: Variant) -> None:
+        step = self._step(variant)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            step()  # loads every kernel and allocates what lasts: neither may happen in a capture
+            self._stream.synchronize()
             # Not torch.cuda.graph: it collects garbage first, 0.1 s each time. Thread-local, because other
             # threads use the device meanwhile (copies to the store).
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -216,7 +225,6 @@ class StepGraphs:
             finally:
                 graph.capture_end()
         self._graphs[variant] = _Captured(graph, result)
-        return host_is_slower
 
 
 def _up_to(sizes: Ordered[int], most: int) -> list[int]:

@@ -61,9 +61,10 @@ def load_model(
     own limit in tokens, which saves the memory of the rope table. Raises ModelError if the model cannot be
     served as it stands; nothing is left half-loaded.
     """
+    device = _device(device)
     checkpoint = open_checkpoint(Path(path))
     spec = ModelSpec.from_config(checkpoint.config)
-    compute_dtype = _dtype("dtype", dtype or _default_dtype(checkpoint, torch.device(device)))
+    compute_dtype = _dtype("dtype", dtype or _default_dtype(checkpoint, device))
     cache_dtype = _dtype("kv_dtype", kv_dtype) if kv_dtype else compute_dtype
     length = spec.max_position if max_model_len is None else max_model_len
     if not 1 <= length <= spec.max_position:
@@ -72,7 +73,10 @@ def load_model(
     if not all(isinstance(token, int) and 0 <= token < spec.vocab_size for token in ends):
         raise ModelError(f"eos_token_id must be token ids below {spec.vocab_size}, got {list(ends)}")
     text = checkpoint.text()
-    weights = load_weights(checkpoint, spec, device, compute_dtype)
+    try:
+        weights = load_weights(checkpoint, spec, device, compute_dtype)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"the weights as {compute_dtype} do not fit into the memory of {device}") from error
     return LoadedModel(
         name=checkpoint.name,
         spec=spec,
@@ -99,6 +103,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     from services.worker.weights.gguf import GGUFCheckpoint
 
     return GGUFCheckpoint(ggufs[0])
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device must be cpu or cuda[:n], got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device must be cpu or cuda[:n], got {name!r}")
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= there:
+        raise ModelError(f"device {device} is not there: PyTorch sees {there} CUDA devices")
+    return device
 
 
 def _default_dtype(checkpoint: Checkpoint, device: torch.device) -> str:

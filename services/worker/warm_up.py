@@ -3,8 +3,10 @@ engine's rates are measured."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
+from itertools import count
 
 from services.wire.messages import SamplingParams
 from services.worker.check import MAX_LOGPROBS
@@ -24,22 +26,27 @@ _NEW_TOKENS = 8
 #: of the prompts before, meet all of them. The largest step is added to these.
 _CHUNKS = (1, 14, 29, 60, 100, 200, 400, 1000)
 
+#: And by whether many short chunks come together: prompts, and tokens of each.
+_SHORT_CHUNKS = (64, 40)
+
 
 def warm_up(
     runner: Runner, limits: Limits, pages: int, max_model_len: int, rates: Rates, clock: Callable[[], float]
 ) -> None:
     """Run on books of its own, so that no page and no block name is left behind. Feeds `rates`."""
-    longest = min(max_model_len - 1, limits.max_step_tokens, (pages - 1) * limits.block_size)
     measured = max(1, min(_PROMPT_TOKENS, max_model_len // 2))
     new_tokens = min(_NEW_TOKENS, max_model_len - measured)
+    longest = min(max_model_len - new_tokens, limits.max_step_tokens, (pages - 1) * limits.block_size)
     plain = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
     if runner.on_gpu:
-        chunks = [length for length in (*_CHUNKS, longest) if 0 < length <= longest]
+        most, short = _SHORT_CHUNKS
+        joining = [[length] for length in (*_CHUNKS, longest)] + [[short] * min(most, limits.max_running)]
+        fitting = [lengths for lengths in joining if 0 < max(lengths) <= longest]
         for sampling in (plain, _explained(new_tokens)):
-            _run(chunks, sampling, runner, limits, pages, Rates(), clock)
+            _run(fitting, sampling, runner, limits, pages, Rates(), clock)
     else:
-        _run([measured], plain, runner, limits, pages, Rates(), clock)  # the first run tells nothing
-    _run([measured], plain, runner, limits, pages, rates, clock)
+        _run([[measured]], plain, runner, limits, pages, Rates(), clock)  # the first run tells nothing
+    _run([[measured]], plain, runner, limits, pages, rates, clock)
 
 
 def _explained(new_tokens: int) -> SamplingParams:
@@ -57,7 +64,7 @@ def _explained(new_tokens: int) -> SamplingParams:
 
 
 def _run(
-    prompts: Ordered[int],
+    joining: Ordered[Ordered[int]],
     sampling: SamplingParams,
     runner: Runner,
     limits: Limits,
@@ -65,13 +72,14 @@ def _run(
     rates: Rates,
     clock: Callable[[], float],
 ) -> None:
-    """Prompts of these lengths, one joining each step."""
+    """Before each step the next prompts join, of the lengths given."""
     scheduler = Scheduler(limits, PagePool(pages))
-    waiting = [(number, [number] * length) for number, length in enumerate(prompts)]
+    waiting = deque(joining)
+    numbers = count()
     while True:
-        if waiting:
-            number, tokens = waiting.pop(0)
-            scheduler.add(_sequence(number, tokens, sampling, limits.block_size))
+        for length in waiting.popleft() if waiting else ():
+            number = next(numbers)
+            scheduler.add(_sequence(number, [number] * length, sampling, limits.block_size))
         plan = scheduler.plan(now=0.0)
         if plan is None:
             return

@@ -40,7 +40,8 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)  # on a GPU too: its tests fill gigabytes
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -46,6 +46,8 @@ def test_the_kv_dtype_is_part_of_the_fingerprint_and_the_length_limit_is_not(fol
     [
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"kv_dtype": "fp8"}, "kv_dtype must be one of"),
+        ({"device": "gpu"}, "device must be cpu or cuda"),
+        ({"device": "cuda:64"}, "device cuda:64 is not there: PyTorch sees"),
         ({"max_model_len": 0}, "max_model_len must be from 1 to 256, got 0"),
         ({"max_model_len": 257}, "max_model_len must be from 1 to 256, got 257"),
     ],

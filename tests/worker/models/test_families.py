@@ -53,6 +53,16 @@ def test_logits_match_transformers(name: str, tmp_path: Path) -> None:
     assert (driver.logits(TOKENS, chunk=64) - expected).abs().max() <= LOGIT_TOLERANCE
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_64_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    architecture, config = MODELS[name]
+    model = tiny_model(architecture, **config)
+    generated = Driver(load_model(save(model, tmp_path))).greedy(TOKENS[:20], 64)
+    # One pass instead of 64: by induction, each token is its greedy choice after the ones before it.
+    logits = logits_of(model, TOKENS[:20] + generated[:-1])
+    assert logits[19:].argmax(-1).tolist() == generated
+
+
 def test_a_sharded_checkpoint_gives_the_same_logits_as_one_file(tmp_path: Path) -> None:
     model = tiny_model("LlamaForCausalLM")
     whole = load_model(save(model, tmp_path / "whole"))
