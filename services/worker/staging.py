@@ -29,18 +29,20 @@ class Staging:
 
         Returns before the copy has run; what is launched later on the current stream sees it.
         """
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" and into is None:
             return [torch.from_numpy(part) for part in parts]
         offsets = layout([part.size for part in parts])
-        pinned, host = self._slot(offsets[-1])
-        for part, offset in zip(parts, offsets, strict=False):
-            host[offset : offset + part.size] = part.ravel()
         target = torch.empty(offsets[-1], dtype=torch.int32, device=self._device) if into is None else into
-        target[: offsets[-1]].copy_(pinned[: offsets[-1]], non_blocking=True)
-        sent = self._sent[self._next]
-        assert sent is not None
-        sent.record()
-        self._next = (self._next + 1) % _SLOTS
+        if self._device.type == "cpu":
+            _pack(parts, offsets, target.numpy())
+        else:
+            pinned, host = self._slot(offsets[-1])
+            _pack(parts, offsets, host)
+            target[: offsets[-1]].copy_(pinned[: offsets[-1]], non_blocking=True)
+            sent = self._sent[self._next]
+            assert sent is not None
+            sent.record()
+            self._next = (self._next + 1) % _SLOTS
         return [
             target[offset : offset + part.size].view(part.shape)
             for part, offset in zip(parts, offsets, strict=False)
@@ -57,6 +59,11 @@ class Staging:
             self._pinned[self._next] = torch.empty(2 * size, dtype=torch.int32, pin_memory=True)
         pinned = self._pinned[self._next]
         return pinned, pinned.numpy()
+
+
+def _pack(parts: Sequence[np.ndarray], offsets: Sequence[int], host: np.ndarray) -> None:
+    for part, offset in zip(parts, offsets, strict=False):
+        host[offset : offset + part.size] = part.ravel()
 
 
 def layout(sizes: Sequence[int]) -> list[int]:
