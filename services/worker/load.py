@@ -65,6 +65,8 @@ def load_model(
     checkpoint = open_checkpoint(Path(path))
     spec = ModelSpec.from_config(checkpoint.config)
     compute_dtype = _dtype("dtype", dtype or _default_dtype(checkpoint, device))
+    if device.type == "cuda" and compute_dtype == torch.float32:
+        raise ModelError("dtype float32 is for the CPU, got it for a GPU: take bfloat16 or float16")
     cache_dtype = _dtype("kv_dtype", kv_dtype) if kv_dtype else compute_dtype
     length = spec.max_position if max_model_len is None else max_model_len
     if not 1 <= length <= spec.max_position:

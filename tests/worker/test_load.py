@@ -57,6 +57,12 @@ def test_an_option_out_of_range_is_refused(folder: Path, options: dict[str, obje
         load_model(folder, **options)  # type: ignore[arg-type]
 
 
+def test_a_gpu_takes_no_float32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ModelError, match="dtype float32 is for the CPU"):
+        load_model(folder, device="cuda", dtype="float32")
+
+
 def test_a_gpu_machine_needs_no_gguf_ray_redis_or_web_server() -> None:
     """Design §8: the engine imports with torch, triton, safetensors and tokenizers alone."""
     code = "import sys, services.worker.load, services.worker.models.random; print(*sys.modules)"
