@@ -144,7 +144,7 @@ class Bench:
         layers, k, v, batch, q = self._laid_out(case, decode_tile)
 
         def run() -> None:
-            ready = plan(batch, block_size=BLOCK)
+            ready = plan(batch)
             for layer in range(layers):
                 attention.launch(q, k[layer], v[layer], ready, scale=heads.dim**-0.5, tile=prefill_tile)
 
@@ -153,7 +153,7 @@ class Bench:
     def host_us(self, case: Case) -> float:
         """µs that Python takes to launch one layer eagerly."""
         _, k, v, batch, q = self._laid_out(case, None)
-        ready = plan(batch, block_size=BLOCK)
+        ready = plan(batch)
         best = float("inf")
         for _ in range(5):
             torch.cuda.synchronize()
@@ -168,7 +168,7 @@ class Bench:
 
         def run() -> None:
             for _ in range(20):
-                plan(batch, block_size=BLOCK)
+                plan(batch)
 
         return _graph_us(run) / 20
 

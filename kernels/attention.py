@@ -71,7 +71,7 @@ class AttentionPlan:
         return None if self.window else self.batch.shared
 
 
-def plan(batch: AttentionBatch, *, block_size: int, window: int = 0) -> AttentionPlan:
+def plan(batch: AttentionBatch, *, window: int = 0) -> AttentionPlan:
     """Prepare one step for the layers that attend within `window` (0: to everything before).
 
     On a GPU it launches the kernel that deals out the decodes. Raises ValueError if the batch's workspace is

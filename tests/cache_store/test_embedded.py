@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,16 +42,19 @@ def test_every_server_found_here_starts_answers_and_has_functions(any_server: Lo
 def test_a_server_ends_with_whoever_started_it_even_by_kill() -> None:
     code = (
         "from services.cache_store.embedded import *\n"
-        "print(start_redis(find_server(), max_memory=64 << 20).process.pid, flush=True)\n"
+        "server = start_redis(find_server(), max_memory=64 << 20)\n"
+        "print(server.process.pid, server.directory, flush=True)\n"
         "input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as parent:
         assert parent.stdout
-        server = psutil.Process(int(parent.stdout.readline()))
+        pid, directory = parent.stdout.readline().split()
+        server = psutil.Process(int(pid))
         parent.kill()
     server.wait(timeout=10)
+    shutil.rmtree(directory)
 
 
 def test_a_server_stopped_is_gone_with_its_directory_and_may_be_stopped_again() -> None:

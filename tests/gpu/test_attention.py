@@ -34,7 +34,7 @@ def make(
 
 
 def attend(case: cases.AttentionCase, inputs: cases.AttentionInputs) -> torch.Tensor:
-    ready = plan(inputs.batch, block_size=case.block_size, window=case.window)
+    ready = plan(inputs.batch, window=case.window)
     return paged_attention(inputs.q, inputs.k_pages, inputs.v_pages, ready, scale=case.dim**-0.5)
 
 

@@ -69,7 +69,7 @@ def attend(
     which: str, case: cases.AttentionCase, inputs: cases.AttentionInputs, **options: Any
 ) -> torch.Tensor:
     run = attention.launch if which == KERNEL else attention.reference
-    ready = plan(inputs.batch, block_size=case.block_size, window=case.window)
+    ready = plan(inputs.batch, window=case.window)
     with cases.poisoned_memory():
         return run(inputs.q, inputs.k_pages, inputs.v_pages, ready, scale=case.dim**-0.5, **options)
 
@@ -265,12 +265,12 @@ def test_a_batch_too_large_for_the_workspace_is_refused() -> None:
     case = cases.AttentionCase(((1, 20), (1, 30)), group=4, n_kv=1, dim=64, block_size=16)
     small = Workspace(1, 4, 1, 64, "cpu", programs=1)
     with pytest.raises(ValueError, match="2 decode rows, but the attention workspace has room for 1"):
-        plan(case.inputs(torch.float32, "cpu", small).batch, block_size=16)
+        plan(case.inputs(torch.float32, "cpu", small).batch)
     inputs = case.inputs(torch.float32, "cpu", Workspace(2, 4, 1, 64, "cpu", programs=1, max_tiles=1))
     tiles = torch.full((2, 32), -1, dtype=torch.int32)
     shared = SharedPrefixes(torch.zeros(2, dtype=torch.int32), tiles)
     with pytest.raises(ValueError, match=r"2 tiles of shared prefixes, but .* has room for 1"):
-        plan(AttentionBatch(**vars(inputs.batch) | {"shared": shared}), block_size=16)
+        plan(AttentionBatch(**vars(inputs.batch) | {"shared": shared}))
 
 
 def test_the_table_takes_the_large_tile_for_many_short_chunks() -> None:

@@ -37,9 +37,7 @@ class Decoder:
         """Run one step: write the K and V of every token of `batch` into `kv`, attend, and return the
         logits [L, vocab] of the tokens `batch.logit_rows`, in the dtype of the weights."""
         spec, weights, attention = self.spec, self.weights, batch.attention
-        plans = {
-            window: plan(attention, block_size=kv.block_size, window=window) for window in set(spec.windows)
-        }
+        plans = {window: plan(attention, window=window) for window in set(spec.windows)}
         x, kv_slots = step_inputs(
             batch.slots,
             batch.positions,
