@@ -97,7 +97,7 @@ class Worker:
         log.info("loaded %s", model.name)
         store = self._open_store(model)
         engine = await asyncio.to_thread(_engine, model, config.engine, store)
-        await asyncio.to_thread(engine.warm_up)
+        await asyncio.to_thread(_warm_up, engine)
         rates = engine.stats()
         log.info(
             "warm: %d blocks of %d tokens, prefill %.0f tokens/s, decode step %.1f ms",
@@ -188,3 +188,12 @@ def _engine(model: LoadedModel, config: EngineConfig, store: StoreTier | None) -
         reason = str(error).splitlines()[0]
         wanted = "the KV memory" if config.kv_bytes is None else f"kv_bytes of {config.kv_bytes}"
         raise ValueError(f"{wanted} cannot be allocated: {reason}") from error
+
+
+def _warm_up(engine: Engine) -> None:
+    """Raises ValueError when a GPU has too little memory left for it."""
+    try:
+        engine.warm_up()
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"warm-up needs more memory, lower gpu_memory or max_running: {reason}") from error

@@ -6,10 +6,12 @@ import urllib.error
 import urllib.request
 
 import pytest
+import torch
 
 from services.cache_store.embedded import find_server, start_redis
 from services.wire.channel_server import bind
 from services.worker.config import EngineConfig
+from services.worker.engine import Engine
 from services.worker.process import Worker, WorkerConfig
 from tests.fakes.checkpoint import write_tiny_checkpoint
 from tests.fakes.until import until
@@ -142,6 +144,17 @@ async def test_more_kv_memory_than_there_is_is_a_clear_error(model):
     worker = Worker(config(model, engine=EngineConfig(kv_bytes=1 << 60)))
     with pytest.raises(ValueError, match="kv_bytes"):
         await worker.start()
+
+
+async def test_memory_that_runs_out_in_the_warm_up_is_a_clear_error(model, monkeypatch):
+    def warm_up(engine):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(Engine, "warm_up", warm_up)
+    worker = Worker(config(model))
+    with pytest.raises(ValueError, match=r"lower gpu_memory or max_running: CUDA out of memory\.$"):
+        await worker.start()
+    bind("127.0.0.1", worker.port, b"").close()
 
 
 async def test_what_one_worker_computed_another_finds_in_the_store(model, redis_url):
