@@ -121,13 +121,13 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Start the step. The tokens it samples stay on the device until `result` is asked for."""
-        begun = _record() if self.on_gpu else None
         self._tables.place(plan.placed)
         self._tables.set_pages(plan.pages)
         top = _logprobs(plan.sampled)
         most = -1 if top is None else max(top)
         rows = Rows(plan)
         variant = self._graphs.variant(rows, plan.prefixes, most) if self._graphs is not None else None
+        begun = _record() if self.on_gpu else None
         if variant is not None:
             assert self._graphs is not None
             size = variant.size
