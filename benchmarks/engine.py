@@ -40,8 +40,6 @@ from services.worker.load import LoadedModel, load_model  # noqa: E402
 from services.worker.models.random import random_model  # noqa: E402
 from services.worker.request import Request, StepReport  # noqa: E402
 
-WORKLOADS = ("startup", "latency", "mixed", "prefix", "long")
-
 
 class Offline:
     """Runs batches of prompts to their end on one engine."""
@@ -140,6 +138,10 @@ def long(offline: Offline, out: Figures) -> None:
     out.add("long_out_tok_s", 256_000 / offline.run(prompts, [1000] * 256), 1)
 
 
+WORKLOADS = {"startup": startup, "latency": latency, "mixed": mixed, "prefix": prefix, "long": long}
+BY_DEFAULT = ("latency", "mixed", "prefix")
+
+
 def _tokens(rng: random.Random, count: int) -> list[int]:
     return [rng.randrange(1000, 30_000) for _ in range(count)]
 
@@ -182,7 +184,7 @@ def measure(name: str, offline: Offline, out: Figures) -> None:
     counters = offline.engine.counters
     steps, waited_s, idle_s = counters.steps, counters.wait_s, counters.idle_s
     started_s = time.perf_counter()
-    globals()[name](offline, out)
+    WORKLOADS[name](offline, out)
     wall_s = time.perf_counter() - started_s
     if counters.steps > steps:
         busy_s = wall_s - (counters.wait_s - waited_s)
@@ -239,7 +241,7 @@ def main() -> int:
             out.add(f"memory_{part}_gib", size / 2**30, 2)
     offline = Offline(engine, model, config.block_size)
     offline.run([_tokens(random.Random(1), 64)], [8])
-    for name in options.workloads or WORKLOADS[1:4]:
+    for name in options.workloads or BY_DEFAULT:
         measure(name, offline, out)
     out.add("late_kernels", engine.counters.late_kernels, 0)
     for run in options.profile or ():

@@ -1,9 +1,9 @@
 """Launches that cost the host little: what Triton works out anew at every launch, kept.
 
 `kernel[grid](...)` binds the arguments, derives their specialisation, looks the compiled kernel up and asks
-the driver about every pointer: some 50 µs on the host of an H100, nine times a layer in a step that is not
-a CUDA graph. `launch` takes the same arguments, finds the compiled kernel by a key of its own, at least as
-fine as Triton's, and hands over bare addresses.
+the driver about every pointer. `launch` takes the same arguments, finds the compiled kernel by a key of its
+own, at least as fine as Triton's, and hands over bare addresses. To prefill 1,024 tokens of Qwen3-0.6B kernel
+by kernel, which the host bounds, takes 11.0 ms so and 13.6 ms without (28 layers of nine launches, H100).
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from services.worker.batch import Batch
 from services.worker.check import MAX_LOGPROBS
 from services.worker.kv import KVCache
 from services.worker.models.decoder import Decoder
+from services.worker.plan import StepPlan
 from services.worker.prefixes import MIN_ROWS, PrefixGroup
 from services.worker.rows import Rows, Size, prefix_tiles
 from services.worker.staging import Staging, layout
@@ -83,7 +84,6 @@ class StepGraphs:
         self._tables = tables
         self._workspace = workspace
         self._staging = staging
-        self._max_rows = max_rows
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._query_start = torch.arange(max_rows + 1, dtype=torch.int32, device=decoder.device)
@@ -148,18 +148,7 @@ class StepGraphs:
         mixed steps: what `Rows.batch` gives."""
         size = variant.size
         if size.chunks:
-            tokens, rows = size.decodes + size.tokens, size.rows
-            first = np.arange(rows + 1, dtype=np.int32)
-            first[size.decodes :] = size.decodes
-            return [
-                np.full(tokens, -1, dtype=np.int32),
-                *np.zeros((2, tokens), dtype=np.int32),
-                np.full(rows, -1, dtype=np.int32),
-                np.zeros(rows, dtype=np.int32),
-                first,
-                np.zeros(rows, dtype=np.int32),
-                np.full(rows, -1, dtype=np.int32),
-            ]
+            return Rows(StepPlan()).batch(size)
         parts = [np.zeros(size.decodes, dtype=np.int32) for _ in range(3)]
         parts[0].fill(-1)
         if variant.shared:

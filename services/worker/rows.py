@@ -72,9 +72,9 @@ class Rows:
             rows[0, where] = self._slots
             rows[1, where] = self._starts + self._lengths
             first[where] = decodes + begins
-            first[decodes + chunks :] = decodes + self.size.tokens
             sampled[where] = np.where(self._samples, self._slots, -1)
-        return [*tokens, *rows, first, first[1:] - 1, sampled]
+        first[decodes + chunks :] = decodes + self.size.tokens
+        return [*tokens, *rows, first, np.maximum(first[1:] - 1, 0), sampled]
 
 
 def prefix_tiles(
