@@ -165,14 +165,6 @@ def test_too_little_memory_for_a_page_is_said_so() -> None:
         Engine(model(), EngineConfig.for_device("cuda", gpu_memory=0.001))
 
 
-@pytest.fixture(scope="module")
-def demo_model_path() -> Path:
-    files = sorted((Path(__file__).parents[2] / "models").glob("*.gguf"))
-    if not files:
-        pytest.skip("no models/*.gguf here: run `make model` first")
-    return files[0]
-
-
 def test_the_demo_model_says_what_it_says_on_the_cpu(demo_model_path: Path) -> None:
     on_cpu, on_gpu = load_model(demo_model_path), load_model(demo_model_path, device="cuda")
     generator = torch.Generator().manual_seed(0)

@@ -9,22 +9,11 @@ import torch
 
 from services.worker.load import LoadedModel, load_model
 
-MODELS = Path(__file__).parents[2] / "models"
-
 
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:
     """Test workers share the cores: OpenMP threads that wait for each other made these tests 3x slower."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def demo_model_path() -> Path:
-    """The GGUF file that `make model` fetches. Its absence is a failure, not a skip."""
-    files = sorted(MODELS.glob("*.gguf"))
-    if not files:
-        pytest.fail("no models/*.gguf: run `make model` first", pytrace=False)
-    return files[0]
 
 
 @pytest.fixture(scope="session")
