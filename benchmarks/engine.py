@@ -22,6 +22,7 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -182,32 +183,43 @@ class Figures:
 def measure(name: str, offline: Offline, out: Figures) -> None:
     """One workload, and what the host did meanwhile."""
     counters = offline.engine.counters
-    steps, waited_s, idle_s = counters.steps, counters.wait_s, counters.idle_s
+    steps, host_s, idle_s = counters.steps, counters.host_s, counters.idle_s
     started_s = time.perf_counter()
     WORKLOADS[name](offline, out)
     wall_s = time.perf_counter() - started_s
     if counters.steps > steps:
-        busy_s = wall_s - (counters.wait_s - waited_s)
-        out.add(f"{name}_host_ms", busy_s / (counters.steps - steps) * 1e3, 3)
+        out.add(f"{name}_host_ms", (counters.host_s - host_s) / (counters.steps - steps) * 1e3, 3)
         out.add(f"{name}_gpu_idle_pct", 100 * (counters.idle_s - idle_s) / wall_s, 2)
 
 
 def profile(offline: Offline, rows: int, prompt: int, out: int) -> None:
-    """Prints what the kernels of a run take, longest first, in microseconds a step.
+    """Prints where the time of the last step of a run goes: it sums up to the step.
 
-    A dependent launch counts from its start, its wait for the kernels before included: such kernels take less
-    than they seem to.
+    Dependent launches overlap: what counts for a kernel is from the end of whatever ran before to its own
+    end. `alone` is from its own start, its wait for the kernels before included.
     """
     rng = random.Random(2)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        seconds = offline.run([_tokens(rng, prompt) for _ in range(rows)], [out] * rows)
-    kernels = sorted(profiler.key_averages(), key=lambda row: -row.device_time_total)
-    total = sum(row.device_time_total for row in kernels) / out
-    print(f"{rows} x {prompt} in, {out} out: kernels {total:.0f} us a step of {seconds / out * 1e6:.0f} us")
-    for row in kernels[:16]:
-        each = row.device_time_total / row.count
-        share = f"{row.device_time_total / out:9.1f} us  {row.count / out:7.1f} x {each:8.2f}"
-        print(f"  {share}  {row.key[:90]}")
+        offline.run([_tokens(rng, prompt) for _ in range(rows)], [out] * rows)
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        profiler.export_chrome_trace(trace.name)
+        events = json.loads(Path(trace.name).read_bytes())["traceEvents"]
+    on_device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    on_device.sort(key=lambda event: float(event["ts"]))
+    first = max(i for i, event in enumerate(on_device) if event["name"] == "inputs_kernel")
+    spent: dict[tuple[str, str], list[float]] = {}  # (name, grid) -> launches, us, us alone
+    end = begun = float(on_device[first]["ts"])
+    for event in on_device[first:]:
+        ends = float(event["ts"]) + float(event["dur"])
+        row = spent.setdefault((event["name"], str(event["args"].get("grid", ""))), [0, 0.0, 0.0])
+        row[0] += 1
+        row[1] += max(0.0, ends - end)
+        row[2] += float(event["dur"])
+        end = max(end, ends)
+    print(f"{rows} x {prompt} in, {out} out: the last step took {end - begun:.0f} us")
+    print(f"  {'us':>9} {'launches':>8} {'each':>8} {'alone':>8}  kernel, grid")
+    for (name, grid), (count, us, alone) in sorted(spent.items(), key=lambda item: -item[1][1]):
+        print(f"  {us:9.1f} {count:8.0f} {us / count:8.2f} {alone / count:8.2f}  {name[:60]} {grid}")
 
 
 def main() -> int:

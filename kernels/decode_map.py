@@ -2,9 +2,9 @@
 
 The keys of every decode row are cut into tiles; laid end to end, the tiles of all rows are dealt out to a
 fixed number of programs, so that each reads the same number of bytes whatever the lengths, and the grid does
-not depend on them (a CUDA graph replays with others). A row that more than one program reads is combined
-from partial results. Prefixes that rows share are dealt out the same way to the programs of
-`shared_attention`; the rows' own tiles then begin after them.
+not depend on them (a CUDA graph replays with others). Few rows are filled up so that no program has to do
+with two. A row that more than one program reads is combined from partial results. Prefixes that rows share
+are dealt out the same way to the programs of `shared_attention`; the rows' own tiles then begin after them.
 
 The map is int32 lines of four, at fixed places:
 
@@ -188,6 +188,7 @@ def map_kernel(
         begin = tl.zeros_like(context)
     # A padding row counts as one tile, so that somebody writes its zeros.
     tiles = tl.where(real, tl.maximum(tl.cdiv(context - begin, KEYS), 1), 0)
+    per, tiles = _aligned(tiles, LEAST, PROGRAMS)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
     starts = ends - tiles
@@ -198,7 +199,7 @@ def map_kernel(
     tl.store(rows + 2, context, mask=real)
     tl.store(rows + 3, slot, mask=real)
 
-    per, program, first, item = _deal(task_map, ends, total, LEAST, PROGRAMS, LANES)
+    program, first, item = _deal(task_map, ends, total, per, PROGRAMS, LANES)
     known = program < PROGRAMS
     busy = first < total
     of_first = task_map + (PROGRAMS + program) * 4
@@ -221,7 +222,8 @@ def map_kernel(
         begins = ends - pieces
         total = tl.sum(pieces, 0)
         programs = task_map + (2 * PROGRAMS + 2 * MAX_ROWS) * 4
-        per, _, _, _ = _deal(programs, ends, total, 1, SHARED_PROGRAMS, TILES)
+        per = tl.maximum(tl.cdiv(total, SHARED_PROGRAMS), 1)
+        _deal(programs, ends, total, per, SHARED_PROGRAMS, TILES)
         groups = programs + (SHARED_PROGRAMS + tile) * 4
         known = tile < MAX_TILES
         tl.store(groups, begins, mask=known)
@@ -242,10 +244,27 @@ def map_kernel(
 
 
 @triton.jit
-def _deal(lines, ends, total, LEAST: tl.constexpr, PROGRAMS: tl.constexpr, LANES: tl.constexpr):
-    """Writes the programs' lines: `ends` [LANES] are the tiles of the items up to and with each, summed up.
-    Returns the tiles a program; then, of each program, its number, first tile and first item."""
-    per = tl.maximum(tl.cdiv(total, PROGRAMS), LEAST)
+def _aligned(tiles, LEAST: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Tiles a program, and `tiles` of each row, filled up to whole programs where that costs little.
+
+    A program that ends one row and begins the next waits twice for q and keys, as long as two or three tiles
+    take. So with up to two tiles a program more, every program has one row.
+    """
+    even = tl.maximum(tl.cdiv(tl.sum(tiles, 0), PROGRAMS), LEAST)
+    per = even
+    aligned = tiles
+    for more in tl.static_range(2, -1, -1):
+        needed = tl.cdiv(tiles, even + more)
+        fits = tl.sum(needed, 0) <= PROGRAMS
+        per = tl.where(fits, even + more, per)
+        aligned = tl.where(fits, needed * (even + more), aligned)
+    return per, aligned
+
+
+@triton.jit
+def _deal(lines, ends, total, per, PROGRAMS: tl.constexpr, LANES: tl.constexpr):
+    """Writes the programs' lines: `ends` [LANES] are the tiles of the items up to and with each, summed up,
+    `per` the tiles a program. Returns each program's number, first tile and first item."""
     program = tl.arange(0, triton.next_power_of_2(PROGRAMS))
     first = program * per
     last = tl.minimum(first + per, total) - 1
@@ -254,7 +273,7 @@ def _deal(lines, ends, total, LEAST: tl.constexpr, PROGRAMS: tl.constexpr, LANES
     tl.store(lines + program * 4, item, mask=known)
     tl.store(lines + program * 4 + 1, tl.where(first < total, _owner(ends, last, LANES), -1), mask=known)
     tl.store(lines + program * 4 + 2, tl.zeros_like(program) + per, mask=known)
-    return per, program, first, item
+    return program, first, item
 
 
 @triton.jit

@@ -75,6 +75,11 @@ class EngineCollector(Collector):
                 engine.prefill_tokens,
             ),
             ("device_wait_seconds", "The engine's thread waited for the device.", engine.wait_s),
+            (
+                "host_seconds",
+                "The engine's thread planned, launched, committed and reported steps.",
+                engine.host_s,
+            ),
             ("device_idle_seconds", "The device waited for the host between two steps.", engine.idle_s),
             (
                 "late_kernels",

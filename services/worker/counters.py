@@ -12,6 +12,7 @@ class Counters:
     steps: int = 0
     step_s: float = 0.0  # device time of steps, as seen from the host
     wait_s: float = 0.0  # the engine's thread waited for the device
+    host_s: float = 0.0  # it worked in turns with steps: planning, launching, committing, reporting
     idle_s: float = 0.0  # the device waited for the host, between a step and the one launched behind it
     prefill_tokens: int = 0  # computed, recomputing after preemption included
     generated_tokens: int = 0

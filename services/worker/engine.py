@@ -200,6 +200,7 @@ class Engine:
 
     def _turn(self) -> None:
         self._turned_s = self._clock()
+        waited_s = self.counters.wait_s
         submitted, cancelled = self._inbox.take()
         for sequence in submitted:
             self._scheduler.add(sequence)
@@ -215,7 +216,10 @@ class Engine:
         self._report(outputs)
         if self._write_behind:
             self._write_behind.copy(step_s)
-        elif plan is None and not self._steps:
+        if plan is not None or step_s:
+            turn_s = self._clock() - self._turned_s
+            self.counters.host_s += turn_s - (self.counters.wait_s - waited_s)
+        elif not self._steps and not self._write_behind:
             self._inbox.wait(_LOAD_POLL_S if self._loads else _IDLE_TURN_S)
 
     def _take_loads(self) -> None:

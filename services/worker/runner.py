@@ -106,8 +106,10 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record the graphs; on the CPU there are none. The tables must be unused."""
+        """Record the graphs and load what other steps run; on the CPU there is neither. The tables must be
+        unused."""
         if self._workspace is not None:
+            self._decoder.load_products(self._max_step_tokens)
             self._graphs = StepGraphs(
                 self._decoder,
                 self._kv,

@@ -13,6 +13,9 @@ from services.worker.kv import KVCache
 from services.worker.models.spec import ModelSpec
 from services.worker.models.weights import LayerWeights, Weights, fold_norms
 
+#: Tokens from one size of products to the next.
+_PRODUCT_STEP = 128
+
 
 class Decoder:
     """Pre-norm transformer over paged KV.
@@ -55,6 +58,20 @@ class Decoder:
         if batch.logit_rows is not None:
             x = x.index_select(0, batch.logit_rows)
         return linear(x, weights.head, norm=Norm(spec.norm_eps, weights.norm))
+
+    def load_products(self, most: int) -> None:
+        """Multiply one layer's matrices by up to `most` tokens. cuBLAS chooses a kernel by their number and
+        loads it when it is first chosen, which takes milliseconds: better now than in a request."""
+        layer = self.weights.layers[0]
+        for tokens in range(_PRODUCT_STEP, most + 1, _PRODUCT_STEP):
+            for matrix, added in (
+                (layer.qkv, False),
+                (layer.o, True),
+                (layer.gate_up, False),
+                (layer.down, True),
+            ):
+                x = matrix.new_zeros(tokens, matrix.shape[1])
+                linear(x, matrix, add_to=matrix.new_zeros(tokens, matrix.shape[0]) if added else None)
 
     def _attend(
         self,
