@@ -147,6 +147,7 @@ class Worker:
                 block_shape=(spec.layers, 2, spec.kv_heads, config.engine.block_size, spec.head_dim),
                 dtype=model.kv_dtype,
                 capacity=config.store_bytes,
+                pinned=config.device.startswith("cuda"),
             )
         )
         self._resources.callback(store.close)

@@ -32,6 +32,7 @@ class StoreTierConfig:
     dtype: torch.dtype
     capacity: int | None = None  # bytes of the whole store; set where none is set yet
     max_queued_bytes: int = 256 << 20  # of blocks on their way to the store
+    pinned: bool = False  # load into memory that a GPU copies from at full speed
 
 
 class RedisStoreTier:
@@ -48,7 +49,7 @@ class RedisStoreTier:
         self._known = KnownBlocks()
         self._link = LinkEstimate()
         self._reader = StoreReader(
-            self._store, self._known, self._link, config.block_shape, config.dtype, clock
+            self._store, self._known, self._link, config.block_shape, config.dtype, config.pinned, clock
         )
         self._writer = StoreWriter(self._store, self._known, max(1, config.max_queued_bytes // block_bytes))
 
