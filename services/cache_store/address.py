@@ -10,6 +10,7 @@ Several servers are several URLs, separated by commas: `split_urls`.
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from dataclasses import dataclass
@@ -74,9 +75,15 @@ class Address:
             raise
 
 
+def list_urls(text: str) -> list[str]:
+    """What a comma-separated list holds, unchecked. A comma inside of a URL, in a password say, is none."""
+    return [url.strip() for url in re.split(r",\s*(?=rediss?://|unix://)", text.strip(" ,")) if url]
+
+
 def split_urls(text: str) -> list[str]:
-    """The URLs in a comma-separated list. Raises ValueError for none, and for one that comes twice."""
-    urls = [url.strip() for url in text.split(",") if url.strip()]
+    """The URLs in a comma-separated list. Raises ValueError for none, for one that makes no sense, and for a
+    server that comes twice."""
+    urls = list_urls(text)
     if not urls:
         raise ValueError("the store needs the URL of one server at least")
     names = [Address.from_url(url).name for url in urls]

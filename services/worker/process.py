@@ -46,7 +46,7 @@ class WorkerConfig:
     device: str = "cpu"
     dtype: str | None = None  # see load_model
     threads: int | None = None  # of PyTorch on the CPU; None leaves it to PyTorch
-    redis_url: str | None = None  # the shared store; None = this worker's own memory is all its cache
+    redis_url: str | None = None  # the shared store's, or several; None = no cache but this worker's memory
     store_bytes: int | None = None  # capacity of the whole store, set where none is set yet
 
 
