@@ -5,12 +5,17 @@ way out. Here `sendmsg` takes the caller's memory and `recvmsg_into` fills it: n
 by Python. The protocol is RESP2 (https://redis.io/docs/latest/develop/reference/protocol-spec), of which only
 what SET, GET, AUTH and SELECT answer is understood; anything else is an error and the connection is not to be
 used again. Over TLS the socket offers neither call: buffers go one by one.
+
+A plain socket blocks in the kernel, with the kernel's timeouts: Python's own would ask `poll` before each
+call, and the kernel can wait for the whole of a value, where a server with 200 KiB of send buffer would wake
+the reader up for every part of it.
 """
 
 from __future__ import annotations
 
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -56,7 +61,12 @@ class PayloadConnection:
         self._ahead = memoryview(self._ahead_bytes)
         self._start = self._end = 0  # what of `_ahead` is received and not yet used
         self._socket = address.connect(timeout_s)
-        self._vectored = not isinstance(self._socket, ssl.SSLSocket)
+        self._plain = not isinstance(self._socket, ssl.SSLSocket)
+        if self._plain:
+            self._socket.settimeout(None)
+            timeval = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6) or 1)
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
         try:
             self._greet(address)
         except BaseException:
@@ -69,7 +79,7 @@ class PayloadConnection:
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         """Send all of `buffers`, one after the other."""
-        if not self._vectored:
+        if not self._plain:
             for buffer in buffers:
                 self._socket.sendall(buffer)
                 self._check_time()
@@ -79,7 +89,10 @@ class PayloadConnection:
             window = list(buffers[at : at + _MOST_BUFFERS])
             if offset:
                 window[0] = memoryview(window[0])[offset:]
-            sent = self._socket.sendmsg(window) + offset
+            try:
+                sent = self._socket.sendmsg(window) + offset
+            except BlockingIOError as error:
+                raise TimeoutError("the server does not read") from error
             while at < len(buffers) and sent >= len(buffers[at]):
                 sent -= len(buffers[at])
                 at += 1
@@ -153,7 +166,7 @@ class PayloadConnection:
                 self._ahead[:left] = bytes(self._ahead[self._start : self._end])
                 searched -= self._start
                 self._start, self._end = 0, left
-            self._end += self._read(self._ahead[self._end :])
+            self._end += self._receive_some([self._ahead[self._end :]])
 
     def _receive(self, into: memoryview) -> None:
         """Fill `into`."""
@@ -161,14 +174,13 @@ class PayloadConnection:
         into[:got] = self._ahead[self._start : self._start + got]
         self._start += got
         while got < len(into):
-            # All that was ahead is used up, so what comes beyond `into` goes to its start.
+            # All that was ahead is used up. The line end that follows comes along, to where lines are read.
             self._start = self._end = 0
-            if self._vectored:
-                received, _, _, _ = self._socket.recvmsg_into([into[got:], self._ahead])
-                self._check_received(received)
+            if self._plain:
+                received = self._receive_some([into[got:], self._ahead[:2]], socket.MSG_WAITALL)
                 self._end = max(0, received - (len(into) - got))
             else:
-                received = self._read(into[got:])
+                received = self._receive_some([into[got:]])
             got = min(len(into), got + received)
 
     def _skip(self, length: int) -> None:
@@ -177,15 +189,19 @@ class PayloadConnection:
             self._receive(scratch[:length])
             length -= min(length, len(scratch))
 
-    def _read(self, into: memoryview) -> int:
-        received = self._socket.recv_into(into)
-        self._check_received(received)
-        return received
-
-    def _check_received(self, received: int) -> None:
+    def _receive_some(self, into: list[memoryview], flags: int = 0) -> int:
+        """Bytes received into `into`, at least one; over TLS a list of one."""
+        try:
+            if self._plain:
+                received = self._socket.recvmsg_into(into, 0, flags)[0]
+            else:
+                received = self._socket.recv_into(into[0])
+        except BlockingIOError as error:
+            raise TimeoutError("no answer") from error
         if not received:
             raise ConnectionResetError("the server closed the connection")
         self._check_time()
+        return received
 
     def _check_time(self) -> None:
         if time.monotonic() > self._deadline:

@@ -67,6 +67,7 @@ class Lanes:
         self._changed = threading.Condition()
         self._arrivals = count()
         self._waiting: list[tuple[Lane, int, int]] = []  # lane, arrival, bytes
+        self._calls = [0] * len(Lane)  # by lane, waiting or in their turn
         self._turns: Counter[Lane] = Counter()
         self._bytes: Counter[Lane] = Counter()
         self._closed = False
@@ -79,14 +80,16 @@ class Lanes:
             yield
         finally:
             with self._changed:
+                self._calls[lane] -= 1
                 self._turns[lane] -= 1
                 self._bytes[lane] -= size
                 self._changed.notify_all()
 
     def give_way(self, lane: Lane) -> None:
         """Called in a turn, between two values: let higher lanes go first, for a while."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._is_wanted_above(lane), _GIVE_WAY_S)
+        if self._is_wanted_above(lane):  # mostly not, which needs no lock to see
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or not self._is_wanted_above(lane), _GIVE_WAY_S)
 
     def close(self) -> None:
         """Who waits for a turn gets ConnectionError, now and for ever."""
@@ -103,6 +106,7 @@ class Lanes:
         with self._changed:
             me = (lane, next(self._arrivals), size)
             self._waiting.append(me)
+            self._calls[lane] += 1
             try:
                 if not self._changed.wait_for(lambda: self._closed or self._may_go(me), timeout_s):
                     raise LaneBusy(f"no turn to {lane.name} within {timeout_s:g} s")
@@ -110,6 +114,9 @@ class Lanes:
                     raise ConnectionAbortedError("the store's client is closed")
                 self._turns[lane] += 1
                 self._bytes[lane] += size
+            except BaseException:
+                self._calls[lane] -= 1
+                raise
             finally:
                 self._waiting.remove(me)
                 self._changed.notify_all()  # who came later may go now
@@ -128,6 +135,4 @@ class Lanes:
         return lane not in _READS or sum(self._turns[read] for read in _READS) < _READ_TURNS
 
     def _is_wanted_above(self, lane: Lane) -> bool:
-        return any(self._turns[other] for other in Lane if other < lane) or any(
-            other < lane for other, _, _ in self._waiting
-        )
+        return any(self._calls[:lane])

@@ -94,17 +94,20 @@ class Payloads:
         def read(connection: PayloadConnection) -> None:
             nonlocal taken  # a second call goes on where the first was when its connection died
             connection.expect(size)
-            keys = [key for name in names[taken:] for key in self._keys(name)]
-            asked = answered = 0
+            asks = [command(b"GET", key) for name in names[taken:] for key in self._keys(name)]
+            connection.send(
+                asks[:1]
+            )  # alone: the server begins with it, and does not collect all answers first
+            asked, answered = 1, 0
             while taken < len(names):
                 slot = memory[taken * self.slot_bytes : (taken + 1) * self.slot_bytes]
                 there: int | None = 0
                 at = 0
                 for length in self._lengths:
-                    if asked < len(keys) and asked - answered <= self._window // 2:
+                    if asked < len(asks) and asked - answered <= self._window // 2:
                         self._lanes.give_way(lane)
-                        more = keys[asked : answered + self._window]
-                        connection.send([b"".join([command(b"GET", key) for key in more])])
+                        more = asks[asked : answered + self._window]
+                        connection.send([b"".join(more)])
                         asked += len(more)
                     received = connection.value(slot[at : at + length])
                     answered += 1
