@@ -4,10 +4,10 @@
     python -m benchmarks.store --server /usr/bin/redis-server --json results/store.json
 
 `reads` compares our payload path with redis-py's MGET on 16 values of 256 KiB, in random order, in a process
-of its own. How fast redis-py is depends on that process: until it has once freed a large block, glibc maps and
-unmaps memory for every value. "new" is such a process, "grown heap" the same one afterwards; ours receives
-into memory that was there before and does not care. `verified` adds the check of every frame's crc32, which
-every read of a BlockStore has. `ratio` is redis-py's median time in the same process to this one's.
+of its own. How fast redis-py is depends on that process: until it has once freed a large block, glibc maps
+and unmaps memory for every value. "new" is such a process, "grown heap" the same one afterwards; ours has
+its memory before and does not care. `verified` adds the check of every frame's crc32, which every read of a
+BlockStore has. `ratio` is redis-py's median time in the same process to this one's.
 
 `server µs` is CPU time of the Redis process, from its own INFO: the figure that says how far one shard goes,
 and the robust one on a busy machine. Wall times and GB/s are the best and the median of the repeats, with

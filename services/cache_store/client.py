@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TypeVar
 
-from redis import Redis
+from redis import Connection, Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, RedisError
@@ -124,6 +124,7 @@ class BlockStore:
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             retry=retry,
+            redis_connect_func=self._greet,
         )
         self._where = public_url(url)
         self._format = format
@@ -137,6 +138,7 @@ class BlockStore:
             self._pool, self._lanes, format.frame_bytes, timeout_s=timeout_s, shard=shard
         )
         self._clock = clock
+        self._closed = False
         self._lock = threading.Lock()
         self._breaker = CircuitBreaker()
         self._counts: Counter[str] = Counter()
@@ -235,6 +237,7 @@ class BlockStore:
 
     def close(self) -> None:
         """Close all connections, also under the feet of calls in other threads: those answer as a miss."""
+        self._closed = True
         self._lanes.close()
         self._pool.close()
         self._redis.close()
@@ -242,9 +245,15 @@ class BlockStore:
 
     # ---- inside
 
+    def _greet(self, connection: Connection) -> None:
+        """Begin a connection for control calls; after `close` nothing may, not even redis-py's retry."""
+        if self._closed:
+            raise RedisConnectionError("the store's client is closed")
+        connection.on_connect()
+
     def _try(self, call: Callable[[], _Result], otherwise: _Result) -> _Result:
         with self._lock:
-            if not self._breaker.allow(self._clock()):
+            if self._closed or not self._breaker.allow(self._clock()):
                 return otherwise
         try:
             result = call()

@@ -47,8 +47,8 @@ class ScriptedServer:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(sock, self.accepted), daemon=True).start()
-            self.accepted += 1
+            number, self.accepted = self.accepted, self.accepted + 1
+            threading.Thread(target=self._serve, args=(sock, number), daemon=True).start()
 
     def _serve(self, sock: socket.socket, number: int) -> None:
         with suppress(OSError):

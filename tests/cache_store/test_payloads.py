@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -464,6 +466,62 @@ def test_a_wrong_password_is_an_error_and_leaves_no_connection() -> None:
         client.get()
     assert client.pool.open() == (0, 0)
     wait_until(lambda: server.connected == 0)
+    server.close()
+
+
+def test_over_tls_frames_come_whole_and_only_from_who_has_the_right_certificate(
+    certificate: tuple[Path, Path],
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+
+    def script(sock: socket.socket, _: int) -> None:
+        data = b""
+        while data.count(b"86400000\r\n") < len(NAMES):
+            data += sock.recv(1 << 16)
+        assert all(frame in data for frame in FRAMES)
+        sock.sendall(b"+OK\r\n" * len(NAMES))
+        for frame in FRAMES:
+            read_gets(sock, 1)
+            sock.sendall(bulk(frame)[:500])
+            sock.sendall(bulk(frame)[500:])
+        until_closed(sock)
+
+    server = ScriptedServer(script, tls=context)
+    trusting = Client(f"{server.url}?ssl_ca_certs={certificate[0]}")
+    assert trusting.put() == [True] * len(NAMES)
+    for name, frame in zip(NAMES, FRAMES, strict=True):
+        assert trusting.get([name]) == [frame]
+    assert trusting.pool.open() == (0, 1)
+    doubting = Client(server.url)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        doubting.get()
+    assert doubting.pool.open() == (0, 0)
+    trusting.pool.close()
+    wait_until(lambda: server.connected == 0)
+    server.close()
+
+
+def test_closing_under_the_feet_of_a_call_over_tls_ends_it_at_once(certificate: tuple[Path, Path]) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    server = ScriptedServer(lambda sock, _: until_closed(sock), tls=context)
+    client = Client(f"{server.url}?ssl_ca_certs={certificate[0]}", timeout_s=20)
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            client.get()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    wait_until(lambda: client.pool.open() == (1, 0) and server.connected == 1)
+    client.pool.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert [isinstance(error, OSError) for error in errors] == [True]
     server.close()
 
 
