@@ -25,7 +25,7 @@ from services.cache_store.pool import ConnectionPool
 BATCH_BYTES = 8 << 20
 
 #: Bytes asked for and not yet received, two values at least.
-_WINDOW_BYTES = 512 << 10
+_WINDOW_BYTES = 1 << 20
 
 #: A value that no record knows (its writer died at the wrong moment) goes away by itself after a day. One
 #: that is known goes too: its block is found missing once and written again.
