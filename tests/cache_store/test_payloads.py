@@ -17,7 +17,7 @@ from redis.exceptions import InvalidResponse
 
 from services.cache_store.address import Address
 from services.cache_store.connection import ServerRefused
-from services.cache_store.functions import NAME_BYTES
+from services.cache_store.functions import LAYOUT, NAME_BYTES
 from services.cache_store.lanes import Lane, Lanes
 from services.cache_store.payloads import Payloads
 from services.cache_store.pool import ConnectionPool
@@ -391,7 +391,7 @@ def test_values_are_sent_as_commands_with_an_end_and_each_answer_counts(
 
     client, _ = serve(script)
     assert client.put() == [True, False, True, True, True, True]
-    key = b"reprise1:{p0}:"
+    key = b"reprise%d:{p0}:" % LAYOUT
     expected = b"".join(
         b"*5\r\n$3\r\nSET\r\n$%d\r\n%s%s\r\n$%d\r\n%s\r\n$2\r\nPX\r\n$8\r\n86400000\r\n"
         % (len(key) + NAME_BYTES, key, name, FRAME_BYTES, frame)
