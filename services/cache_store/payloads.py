@@ -37,13 +37,21 @@ _ALIGNMENT = 64
 
 
 class Payloads:
-    """The payloads of one shard whose frames are all `frame_bytes` long.
+    """The payloads of one shard. Frames of `frame_bytes` are written; those read may also be as long as
+    `others` says.
 
     Raises OSError and what redis-py raises, LaneBusy when others keep the link busy. Thread-safe.
     """
 
     def __init__(
-        self, pool: ConnectionPool, lanes: Lanes, frame_bytes: int, *, timeout_s: float, shard: int = 0
+        self,
+        pool: ConnectionPool,
+        lanes: Lanes,
+        frame_bytes: int,
+        *,
+        timeout_s: float,
+        shard: int = 0,
+        others: Sequence[int] = (),
     ) -> None:
         self._pool = pool
         self._lanes = lanes
@@ -52,8 +60,10 @@ class Payloads:
         self._timeout_s = timeout_s
         self._lengths = piece_lengths(frame_bytes)
         self._window = max(2, _WINDOW_BYTES // max(self._lengths))  # values
-        self.batch = max(1, BATCH_BYTES // frame_bytes)  # frames
-        self.slot_bytes = -(-frame_bytes // _ALIGNMENT) * _ALIGNMENT  # memory that a frame is read into
+        self._most_pieces = max(len(piece_lengths(length)) for length in (frame_bytes, *others))
+        self._longest = max(frame_bytes, *others, 0)
+        self.batch = max(1, BATCH_BYTES // self._longest)  # frames
+        self.slot_bytes = -(-self._longest // _ALIGNMENT) * _ALIGNMENT  # memory that a frame is read into
 
     def put(self, items: Sequence[tuple[bytes, bytes, Buffer]]) -> list[bool]:
         """Write (name, header, payload) each, at most `batch` of them. False: Redis has no memory for it."""
@@ -83,39 +93,42 @@ class Payloads:
         """Read frames, at most `batch`, frame i to the start of the i-th `slot_bytes` of `memory`.
 
         `take(i, frame)` is called for each in order while the next one is under way, with the part of memory
-        that it fills: too short where values are missing or not as long as they should be, None if the first
-        one is missing. It returns whether to go on.
+        that its values fill, up to the first that is missing or does not fit; None if that is the first of
+        all. Whether it is the frame that it should be is for `take` to see; it returns whether to go on.
         """
         if not names:
             return
-        size = len(names) * self._frame_bytes
+        size = len(names) * self._longest
         taken = 0
 
         def read(connection: PayloadConnection) -> None:
             nonlocal taken  # a second call goes on where the first was when its connection died
             connection.expect(size)
-            asks = [command(b"GET", key) for name in names[taken:] for key in self._keys(name)]
+            keys = [key for name in names[taken:] for key in _keys(self._shard, name, self._most_pieces)]
+            asks = [command(b"GET", key) for key in keys]
             connection.send(
                 asks[:1]
             )  # alone: the server begins with it, and does not collect all answers first
             asked, answered = 1, 0
             while taken < len(names):
-                slot = memory[taken * self.slot_bytes : (taken + 1) * self.slot_bytes]
-                there: int | None = 0
-                at = 0
-                for length in self._lengths:
+                start = taken * self.slot_bytes
+                slot = memory[start : start + self._longest]
+                length, missing, ended = 0, False, False
+                for piece in range(self._most_pieces):
                     if asked < len(asks) and asked - answered <= self._window // 2:
                         self._lanes.give_way(lane)
                         more = asks[asked : answered + self._window]
                         connection.send([b"".join(more)])
                         asked += len(more)
-                    received = connection.value(slot[at : at + length])
+                    received = connection.value(slot[length:])
                     answered += 1
-                    if there == at:  # all is well so far
-                        there = None if received is None and not at else at + _fitting(received, length)
-                    at += length
+                    if received is None or received > len(slot) - length:
+                        missing |= received is None and not piece
+                        ended = True
+                    elif not ended:
+                        length += received
                 taken += 1
-                if not take(taken - 1, None if there is None else slot[:there]):
+                if not take(taken - 1, None if missing else slot[:length]):
                     for _ in range(asked - answered):
                         connection.value(memory[:0])
                     return
@@ -157,11 +170,6 @@ def _stored(connection: PayloadConnection) -> bool:
             raise
         return False
     return True
-
-
-def _fitting(received: int | None, length: int) -> int:
-    """Bytes of a value that are in its place: none of one that is missing or too long."""
-    return 0 if received is None or received > length else received
 
 
 def unlink_payloads(redis: Redis, names: Sequence[bytes], *, shard: int = 0) -> None:

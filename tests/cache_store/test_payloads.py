@@ -17,6 +17,7 @@ from redis.exceptions import InvalidResponse
 
 from services.cache_store.address import Address
 from services.cache_store.connection import ServerRefused
+from services.cache_store.embedded import LocalRedis
 from services.cache_store.functions import LAYOUT, NAME_BYTES
 from services.cache_store.lanes import Lane, Lanes
 from services.cache_store.payloads import Payloads
@@ -135,7 +136,7 @@ def test_a_value_of_another_length_is_no_frame_and_those_after_it_are(
     assert client.pool.open() == (0, 1)
 
 
-def test_a_frame_of_several_values_ends_where_one_of_them_is_not_in_order(
+def test_a_frame_of_several_values_ends_where_one_of_them_is_missing_or_too_long(
     serve: Callable[..., tuple[Client, ScriptedServer]],
 ) -> None:
     first, second = b"1" * 16368, b"2" * 16
@@ -154,7 +155,36 @@ def test_a_frame_of_several_values_ends_where_one_of_them_is_not_in_order(
             sock.sendall(bulk(*pair))
 
     client, _ = serve(script, frame_bytes=16384)
-    assert [client.get(NAMES[:1])[0] for _ in pairs] == [first + second, first, None, None, first[1:], first]
+    assert [client.get(NAMES[:1])[0] for _ in pairs] == [
+        first + second,
+        first,
+        None,
+        None,
+        first[1:] + second,
+        first,
+    ]
+
+
+@pytest.mark.parametrize("writes", [20_000, 400_000, 2_000_000])
+def test_frames_of_other_lengths_are_read_too(any_server: LocalRedis, writes: int) -> None:
+    lengths = [20_000, 400_000, 2_000_000]
+    pool = ConnectionPool(Address.from_url(any_server.socket_url), TIMEOUT_S)
+    payloads = {
+        length: Payloads(pool, Lanes(), length, timeout_s=TIMEOUT_S, others=lengths) for length in lengths
+    }
+    frames = {os.urandom(NAME_BYTES): os.urandom(length) for length in [*lengths, *reversed(lengths)]}
+    for name, frame in frames.items():
+        assert payloads[len(frame)].put([(name, frame[:64], frame[64:])]) == [True]
+    reader, got = payloads[writes], []
+    names = list(frames)
+    assert reader.batch == 4
+    for start in range(0, len(names), 3):
+        memory = memoryview(bytearray(3 * reader.slot_bytes))
+        reader.get(
+            names[start : start + 3], memory, Lane.GET, lambda _, frame: not got.append(bytes(frame or b""))
+        )
+    assert got == list(frames.values())
+    pool.close()
 
 
 def test_who_has_enough_leaves_a_connection_that_can_be_used_again(
@@ -525,8 +555,8 @@ def test_closing_under_the_feet_of_a_call_over_tls_ends_it_at_once(certificate: 
     server.close()
 
 
-def test_many_frames_go_there_and_come_back_on_a_real_server(any_server: object) -> None:
-    client = Client(any_server.socket_url, frame_bytes=300_000)  # type: ignore[attr-defined]
+def test_many_frames_go_there_and_come_back_on_a_real_server(any_server: LocalRedis) -> None:
+    client = Client(any_server.socket_url, frame_bytes=300_000)
     names = [os.urandom(NAME_BYTES) for _ in range(client.payloads.batch)]
     frames = [os.urandom(300_000) for _ in names]
     for start in range(0, len(names), 7):
