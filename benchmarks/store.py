@@ -3,6 +3,12 @@
     python -m benchmarks.store                           # every server binary found here
     python -m benchmarks.store --server /usr/bin/redis-server --json results/store.json
 
+`reads` compares our payload path with redis-py's MGET on 16 values of 256 KiB, in random order, in a process
+of its own. How fast redis-py is depends on that process: until it has once freed a large block, glibc maps
+and unmaps memory for every value. "new" is such a process, "grown heap" the same one afterwards; ours has
+its memory before and does not care. `verified` adds the check of every frame's crc32, which every read of a
+BlockStore has. `ratio` is redis-py's median time in the same process to this one's.
+
 `server µs` is CPU time of the Redis process, from its own INFO: the figure that says how far one shard goes,
 and the robust one on a busy machine. Wall times and GB/s are the best and the median of the repeats, with
 client and server on this machine; through the network they are lower. `over` is memory beyond the payload:
@@ -15,22 +21,29 @@ import argparse
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from redis import Redis
 
+from services.cache_store.address import Address
 from services.cache_store.allocation import piece_lengths, stored_bytes
 from services.cache_store.client import BlockStore, WriteBlock
 from services.cache_store.embedded import embedded_server, start_redis
-from services.cache_store.frames import FrameFormat
-from services.cache_store.functions import ROOT, NewBlock, StoreFunctions, owner_digest
+from services.cache_store.frames import HEADER_BYTES, BadFrame, FrameFormat, frame_header, open_frame
+from services.cache_store.functions import LAYOUT, NAME_BYTES, ROOT, NewBlock, StoreFunctions, owner_digest
+from services.cache_store.lanes import Lane, Lanes
+from services.cache_store.payloads import Payloads
+from services.cache_store.pool import ConnectionPool
 from services.wire.hashes import HASH_BYTES
 
 KIB = 1024
@@ -43,6 +56,9 @@ PAYLOADS = {
     "1 MiB (Llama-3.1-8B, 16 tokens, fp8)": 1024 * KIB,
     "2 MiB (Llama-3.1-8B, 16 tokens, bf16)": 2048 * KIB,
 }
+READ_VALUES = 16
+READ_BYTES = 256 * KIB - 16  # what fits into 256 KiB of Redis' memory
+GLIBC_LARGE_BLOCK = 24 << 20  # once one of this size was freed, all up to it come from the heap
 PAYLOAD_BYTES_EACH = 96 << 20  # moved per repeat
 MAX_MEMORY = 2 << 30
 
@@ -69,6 +85,16 @@ class PayloadFigure:
 
 
 @dataclass(frozen=True)
+class ReadFigure:
+    link: str
+    process: str  # new, or with a grown heap
+    client: str
+    best_gb_s: float
+    median_gb_s: float
+    ratio: float  # of the median time of redis-py's MGET to this one's
+
+
+@dataclass(frozen=True)
 class MemoryFigure:
     payload: str
     values: int  # a block is stored as
@@ -83,6 +109,7 @@ class Report:
     allocator: str
     metadata_bytes_a_block: float
     calls: list[CallFigure]
+    reads: list[ReadFigure]
     payloads: list[PayloadFigure]
     memory: list[MemoryFigure]
 
@@ -121,13 +148,17 @@ def measure(binary: Path, repeats: int) -> Report:
             name = f"{info.get('server_name', 'redis')} {info.get('valkey_version', info['redis_version'])}"
             metadata, calls = measure_calls(redis, repeats)
             links = {"unix": server.socket_url, "tcp": server.url}
+            reads = []
+            for link, url in links.items():
+                with ProcessPoolExecutor(1, get_context("spawn")) as child:
+                    reads += child.submit(measure_reads, link, url, 20 * repeats).result()
             payloads = [
                 measure_payload(redis, label, size, link, url, repeats)
                 for label, size in PAYLOADS.items()
                 for link, url in links.items()
             ]
             memory = [measure_memory(redis, label, size) for label, size in PAYLOADS.items()]
-            return Report(name, memory_info["mem_allocator"], metadata, calls, payloads, memory)
+            return Report(name, memory_info["mem_allocator"], metadata, calls, reads, payloads, memory)
     finally:
         server.stop()
 
@@ -200,6 +231,54 @@ def timed(
 def server_cpu_s(redis: Redis) -> float:
     info = redis.info("cpu")
     return float(info["used_cpu_user_main_thread"]) + float(info["used_cpu_sys_main_thread"])
+
+
+# ---- reads ---------------------------------------------------------------------------------------------
+
+
+def measure_reads(link: str, url: str, repeats: int) -> list[ReadFigure]:
+    """Ours and redis-py's in turn; to be called in a new process."""
+    format = FrameFormat(bytes(HASH_BYTES), 1, 16, READ_BYTES - HEADER_BYTES)
+    pool = ConnectionPool(Address.from_url(url), 5.0)
+    payloads = Payloads(pool, Lanes(), format.frame_bytes, timeout_s=5.0)
+    memory = memoryview(bytearray(READ_VALUES * payloads.slot_bytes))
+    block, payload = os.urandom(HASH_BYTES), memoryview(os.urandom(format.payload_bytes))
+    header = frame_header(format, block, ROOT, payload)
+    names = [os.urandom(NAME_BYTES) for _ in range(READ_VALUES)]
+    payloads.put([(name, header, payload) for name in names])
+    redis = Redis.from_url(url)
+    keys = [b"reprise%d:{p0}:%s" % (LAYOUT, name) for name in names]
+
+    def check(frame: memoryview | bytes | None) -> bool:
+        if frame is None or isinstance(open_frame(format, block, [frame]), BadFrame):
+            raise RuntimeError("a frame came back bad")
+        return True
+
+    clients: dict[str, Callable[[], object]] = {
+        "redis-py MGET": lambda: redis.mget(keys),
+        "ours": lambda: payloads.get(names, memory, Lane.PREFETCH, lambda _, frame: frame is not None),
+        "redis-py MGET, verified": lambda: all(map(check, redis.mget(keys))),  # type: ignore[arg-type]
+        "ours, verified": lambda: payloads.get(names, memory, Lane.PREFETCH, lambda _, frame: check(frame)),
+    }
+    figures = []
+    for process in ("new", "grown heap"):
+        seconds: dict[str, list[float]] = {client: [] for client in clients}
+        for _ in range(repeats):
+            for client, read in random.sample(list(clients.items()), len(clients)):
+                started = time.perf_counter()
+                read()
+                seconds[client].append(time.perf_counter() - started)
+        base = statistics.median(seconds["redis-py MGET"])
+        size = READ_VALUES * format.frame_bytes / 1e9
+        for client, measured in seconds.items():
+            median = statistics.median(measured)
+            figures.append(
+                ReadFigure(link, process, client, size / min(measured), size / median, base / median)
+            )
+        bytearray(GLIBC_LARGE_BLOCK)  # freed at once
+    pool.close()
+    redis.close()
+    return figures
 
 
 # ---- payloads -----------------------------------------------------------------------------------------
@@ -286,6 +365,11 @@ def print_report(report: Report) -> None:
     for call in report.calls:
         cost = f"{call.server_us_each:.2f} a {call.each}"
         print(f"{call.call:38} {cost:>14} {call.best_ms:9.3f} {call.median_ms:10.3f}")
+    head = f"{'reads of 16 x 256 KiB':24} {'link':5} {'process':11}"
+    print(f"\n{head} {'best GB/s':>9} {'median':>7} {'ratio':>6}")
+    for r in report.reads:
+        row = f"{r.client:24} {r.link:5} {r.process:11} {r.best_gb_s:9.2f} {r.median_gb_s:7.2f}"
+        print(f"{row} {r.ratio:6.2f}")
     print(f"\n{'payload':42} {'link':5} {'put GB/s':>9} {'median':>7} {'get GB/s':>9} {'median':>7}")
     for p in report.payloads:
         print(

@@ -53,3 +53,7 @@ class CircuitBreaker:
         if len(self._failed_at) >= self.failures:
             self._failed_at.clear()
             self._open_until = now + self.open_s
+
+    def abandoned(self) -> None:
+        """A try ended before the store could answer: if it was the probe, another one may go."""
+        self._probing_since = None

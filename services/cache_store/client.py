@@ -12,12 +12,13 @@ from enum import StrEnum
 from functools import partial
 from typing import TypeVar
 
-from redis import Redis
+from redis import Connection, Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, RedisError
 from redis.retry import Retry
 
+from services.cache_store.address import Address
 from services.cache_store.allocation import stored_bytes
 from services.cache_store.breaker import CircuitBreaker
 from services.cache_store.embedded import public_url
@@ -35,7 +36,9 @@ from services.cache_store.functions import (
     Unconfigured,
     owner_digest,
 )
+from services.cache_store.lanes import Lane, LaneBusy, Lanes
 from services.cache_store.payloads import Payloads, unlink_payloads
+from services.cache_store.pool import ConnectionPool
 from services.wire.hashes import HASH_BYTES
 
 log = logging.getLogger(__name__)
@@ -51,8 +54,8 @@ RESERVATION_MS = 10_000
 #: Rounds of making room for one batch: at most 64 blocks leave a round.
 _ROOM_ROUNDS = 4
 
-#: redis-py's default of 32 KiB a read halves the bandwidth of payloads (benchmarks/store.py).
-_SOCKET_READ_BYTES = 256 << 10
+#: Wait so long for a turn of a metadata call; no more than a request can spare.
+_PEEK_WAIT_S = 0.1
 
 
 class Outcome(StrEnum):
@@ -120,8 +123,8 @@ class BlockStore:
             url,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            socket_read_size=_SOCKET_READ_BYTES,
             retry=retry,
+            redis_connect_func=self._greet,
         )
         self._where = public_url(url)
         self._format = format
@@ -129,8 +132,13 @@ class BlockStore:
         self._capacity = capacity
         self._block_bytes = stored_bytes(format.frame_bytes)
         self._functions = StoreFunctions(self._redis, shard=shard)
-        self._payloads = Payloads(self._redis, format.frame_bytes, shard=shard)
+        self._lanes = Lanes()
+        self._pool = ConnectionPool(Address.from_url(url), timeout_s)
+        self._payloads = Payloads(
+            self._pool, self._lanes, format.frame_bytes, timeout_s=timeout_s, shard=shard
+        )
         self._clock = clock
+        self._closed = False
         self._lock = threading.Lock()
         self._breaker = CircuitBreaker()
         self._counts: Counter[str] = Counter()
@@ -139,6 +147,11 @@ class BlockStore:
     def batch(self) -> int:
         """Frames that `read` and one round of `write` move at most: 8 MiB of them."""
         return self._payloads.batch
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory that `read` needs for each frame: its length rounded up to whole cache lines."""
+        return self._payloads.slot_bytes
 
     def is_down(self) -> bool:
         """Whether calls are answered without asking, because the store keeps failing."""
@@ -151,8 +164,8 @@ class BlockStore:
             self._counts[what] += by
 
     def counts(self) -> dict[str, int]:
-        """What this client has seen: errors, out_of_memory, quarantined:<reason>, written:<outcome> blocks,
-        and whatever its user counted."""
+        """What this client has seen: errors, busy, out_of_memory, quarantined:<reason>,
+        written:<outcome> blocks, and whatever its user counted."""
         with self._lock:
             return dict(self._counts)
 
@@ -164,22 +177,38 @@ class BlockStore:
         """The leading run of `hashes` that the store holds, leased: release it. None: unreachable."""
         return self._try(partial(self._lookup, hashes, owner_digest(tenant)), None)
 
-    def read(self, found: Found, start: int, stop: int) -> list[list[memoryview]]:
+    def read(
+        self,
+        found: Found,
+        start: int,
+        stop: int,
+        memory: memoryview | None = None,
+        lane: Lane = Lane.PREFETCH,
+    ) -> list[memoryview]:
         """Payloads of blocks `start` to `stop` of a run, at most `batch`: a leading part of them, in order.
 
         It ends before the first one that is missing or not what it should be, which is then quarantined.
-        Each payload is one or two views, to be read as if joined.
+        Each payload is a view into `memory`: `slot_bytes` for each block, writable and the caller's to choose
+        (pinned, say). Without it the frames get memory of their own.
         """
-        nothing: list[list[bytes] | None] = []
-        frames = self._try(partial(self._payloads.get, found.names[start:stop]), nothing)
-        payloads: list[list[memoryview]] = []
-        for index, pieces in enumerate(frames, start):
-            block = found.hashes[index]
-            payload = BadFrame.MISSING if pieces is None else open_frame(self._format, block, pieces)
+        names = found.names[start:stop]
+        if memory is None:
+            memory = memoryview(bytearray(len(names) * self.slot_bytes))
+        payloads: list[memoryview] = []
+        bad: list[tuple[bytes, BadFrame]] = []
+
+        def take(index: int, frame: memoryview | None) -> bool:
+            block = found.hashes[start + index]
+            payload = BadFrame.MISSING if frame is None else open_frame(self._format, block, [frame])
             if isinstance(payload, BadFrame):
-                self._quarantine(found.names[index], payload)
-                break
-            payloads.append(payload)
+                bad.append((names[index], payload))
+                return False
+            payloads.extend(payload)
+            return True
+
+        self._try(partial(self._payloads.get, names, memory, lane, take), None)
+        for name, reason in bad:
+            self._quarantine(name, reason)
         return payloads
 
     def release(self, found: Found) -> None:
@@ -208,17 +237,31 @@ class BlockStore:
 
     def close(self) -> None:
         """Close all connections, also under the feet of calls in other threads: those answer as a miss."""
+        self._closed = True
+        self._lanes.close()
+        self._pool.close()
         self._redis.close()
         self._redis.connection_pool.disconnect()
 
     # ---- inside
 
+    def _greet(self, connection: Connection) -> None:
+        """Begin a connection for control calls; after `close` nothing may, not even redis-py's retry."""
+        if self._closed:
+            raise RedisConnectionError("the store's client is closed")
+        connection.on_connect()
+
     def _try(self, call: Callable[[], _Result], otherwise: _Result) -> _Result:
         with self._lock:
-            if not self._breaker.allow(self._clock()):
+            if self._closed or not self._breaker.allow(self._clock()):
                 return otherwise
         try:
             result = call()
+        except LaneBusy:
+            with self._lock:
+                self._breaker.abandoned()
+                self._counts["busy"] += 1
+            return otherwise
         except (RedisError, OSError, Unconfigured) as error:
             with self._lock:
                 was_open = self._breaker.is_open(self._clock())
@@ -238,7 +281,8 @@ class BlockStore:
         leases = []
         for start in range(0, len(hashes), MAX_BLOCKS):
             part = hashes[start : start + MAX_BLOCKS]
-            found = self._functions.lookup(part, owner, LEASE_MS)
+            with self._lanes.turn(Lane.PEEK, 0, _PEEK_WAIT_S):
+                found = self._functions.lookup(part, owner, LEASE_MS)
             if found:
                 leases.append((part[len(found) - 1], found[-1]))
             fences += found

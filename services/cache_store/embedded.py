@@ -21,6 +21,7 @@ from pathlib import Path
 from redis import Redis
 from redis.exceptions import AuthenticationError, RedisError
 
+from services.cache_store.address import list_urls
 from services.process import die_with_parent
 
 #: Redis Functions came with Redis 7.0; every Valkey has them.
@@ -58,12 +59,13 @@ class LocalRedis:
 def find_or_start_redis(
     environ: Mapping[str, str] = os.environ, *, port: int = 0, max_memory: int
 ) -> tuple[str, LocalRedis | None]:
-    """(url, None) when `REDIS_URL` names a working server, else (url, the server started for us).
+    """(url, None) when `REDIS_URL` names working servers, else (url, the server started for us).
 
     `port` 0 takes a free one; `max_memory` in bytes bounds the server started. Raises RedisUnavailable.
     """
     if url := environ.get("REDIS_URL"):
-        check_redis(url)
+        for one in list_urls(url):
+            check_redis(one)
         return url, None
     server = start_redis(find_server(environ), port=port, max_memory=max_memory)
     return server.url, server
@@ -109,9 +111,12 @@ def check_redis(url: str) -> None:
 
 
 def public_url(url: str) -> str:
-    """`url` without user and password, fit for a log."""
-    scheme, separator, rest = url.partition("://")
-    return scheme + separator + rest.rpartition("@")[2] if separator else url.rpartition("@")[2]
+    """`url`, or several separated by commas, without users and passwords, fit for a log."""
+    public = []
+    for one in list_urls(url):
+        scheme, separator, rest = one.rpartition("://")
+        public.append(scheme + separator + rest.rpartition("@")[2].partition("?")[0])
+    return ",".join(public)
 
 
 def start_redis(server: Path, *, port: int = 0, max_memory: int) -> LocalRedis:

@@ -90,7 +90,9 @@ def frame_header(format: FrameFormat, block: bytes, parent: bytes, payload: memo
     return fields + _CRC.pack(crc32(payload, crc32(fields)))
 
 
-def open_frame(format: FrameFormat, block: bytes, pieces: Sequence[bytes]) -> list[memoryview] | BadFrame:
+def open_frame(
+    format: FrameFormat, block: bytes, pieces: Sequence[bytes | memoryview]
+) -> list[memoryview] | BadFrame:
     """The payload of `block` as views into `pieces`, which make up its frame, or what is wrong with it."""
     if sum(map(len, pieces)) != format.frame_bytes or len(pieces[0]) < HEADER_BYTES:
         return BadFrame.TRUNCATED

@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-running", type=int, help="sequences in one step (default 16; GPU 256)")
     add("--max-step-tokens", type=int, help="tokens computed in one step (default 512; GPU 8192)")
     add("--max-model-len", type=int, help="prompt and generated tokens; by default the model's own limit")
-    add("--redis", metavar="URL", help="the shared cache store; by default none")
+    add("--redis", metavar="URL[,URL...]", help="servers of the shared cache store; by default none")
     add(
         "--store-capacity",
         type=size,

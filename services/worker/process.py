@@ -46,7 +46,7 @@ class WorkerConfig:
     device: str = "cpu"
     dtype: str | None = None  # see load_model
     threads: int | None = None  # of PyTorch on the CPU; None leaves it to PyTorch
-    redis_url: str | None = None  # the shared store; None = this worker's own memory is all its cache
+    redis_url: str | None = None  # the shared store's, or several; None = no cache but this worker's memory
     store_bytes: int | None = None  # capacity of the whole store, set where none is set yet
 
 
@@ -147,6 +147,7 @@ class Worker:
                 block_shape=(spec.layers, 2, spec.kv_heads, config.engine.block_size, spec.head_dim),
                 dtype=model.kv_dtype,
                 capacity=config.store_bytes,
+                pinned=config.device.startswith("cuda"),
             )
         )
         self._resources.callback(store.close)

@@ -25,6 +25,7 @@ class FilledBlock(NamedTuple):
 
     hash: bytes
     parent: bytes
+    first: bytes  # hash of its prefix's first block
     depth: int
     page: int
     priority: int
@@ -116,8 +117,16 @@ class Sequence:
     def block(self, index: int, page: int) -> FilledBlock:
         """Block `index`, which is full and in `page`."""
         priority, ttl_s = self.retention(index)
-        tenant = self.request.tenant
-        return FilledBlock(self.hashes[index], self.parent(index), index, page, priority, ttl_s, tenant)
+        return FilledBlock(
+            hash=self.hashes[index],
+            parent=self.parent(index),
+            first=self.hashes[0],
+            depth=index,
+            page=page,
+            priority=priority,
+            ttl_s=ttl_s,
+            tenant=self.request.tenant,
+        )
 
     def retention(self, index: int) -> tuple[int, float | None]:
         """(priority, ttl_s) that the request asks for block `index`; blocks it does not mention: default."""

@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from services.cache_store.client import BlockStore, Found
+from services.cache_store.frames import HEADER_BYTES
 from services.cache_store.known import KnownBlocks
 from services.cache_store.link import LinkEstimate
 from services.worker.gate import blocks_worth_loading
@@ -95,11 +96,13 @@ class StoreReader:
         link: LinkEstimate,
         block_shape: tuple[int, ...],
         dtype: torch.dtype,
+        pinned: bool,
         clock: Callable[[], float],
     ) -> None:
         self._block_shape = block_shape
         self._dtype = dtype
         self._block_bytes = math.prod(block_shape) * dtype.itemsize
+        self._pinned = pinned
         self._store = store
         self._known = known
         self._link = link
@@ -189,8 +192,9 @@ class StoreReader:
                 return
             stop = min(count, start + self._store.batch)
             asked_s = self._clock()
-            payloads = self._store.read(found, start, stop)
-            blocks = self._tensors(payloads)
+            frames = self._frames(stop - start)
+            there = self._store.read(found, start, stop, tensor_bytes(frames))
+            blocks = [self._block(frame) for frame in frames[: len(there)]]
             if blocks:
                 now = self._clock()
                 self._link.observe_read(len(blocks) * self._block_bytes, now - asked_s, now)
@@ -200,15 +204,15 @@ class StoreReader:
                 self._known.discard([found.hashes[start + len(blocks)]])
                 return
 
-    def _tensors(self, payloads: Sequence[Sequence[memoryview]]) -> list[torch.Tensor]:
-        """One tensor a payload, all in one allocation."""
-        blocks = torch.empty((len(payloads), *self._block_shape), dtype=self._dtype)
-        target, at = tensor_bytes(blocks), 0
-        for payload in payloads:
-            for piece in payload:
-                target[at : at + len(piece)] = piece
-                at += len(piece)
-        return list(blocks.unbind())
+    def _frames(self, count: int) -> torch.Tensor:
+        """Memory for so many frames, a row each: pinned where a GPU will copy from it."""
+        shape = (count, self._store.slot_bytes)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def _block(self, frame: torch.Tensor) -> torch.Tensor:
+        """The block in a frame that was found to be in order; no copy, so it keeps all frames of its read."""
+        payload = frame[HEADER_BYTES : HEADER_BYTES + self._block_bytes]
+        return payload.view(self._dtype).view(self._block_shape)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

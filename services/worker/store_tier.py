@@ -2,21 +2,29 @@
 
 The engine's thread never touches a socket. A load is given up when it takes much longer than it promised, and
 a store that is down answers every question at once with nothing.
+
+The store may be several servers. Each has everything of its own, client, threads, beliefs and link, so one
+that is slow or down costs hits of its own prefixes and nobody else's.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 
+from services.cache_store.address import Address, split_urls
 from services.cache_store.client import BlockStore
 from services.cache_store.frames import FrameFormat
 from services.cache_store.known import KnownBlocks
 from services.cache_store.link import LinkEstimate
+from services.cache_store.shards import Rendezvous
 from services.worker.store_reader import StoreReader
 from services.worker.store_writer import StoreWriter
 from services.worker.tiers import Load, OfferedBlock
@@ -26,61 +34,109 @@ from services.worker.tiers import Load, OfferedBlock
 class StoreTierConfig:
     """`block_shape` is [layer, 2, head, token, dim] of `dtype`, the form of `OfferedBlock.kv`."""
 
-    url: str  # redis://, rediss:// or unix://
+    url: str  # redis://, rediss:// or unix://; several servers' separated by commas
     fingerprint: bytes  # the model's: covers weights, dtype and layout
     block_shape: tuple[int, int, int, int, int]
     dtype: torch.dtype
     capacity: int | None = None  # bytes of the whole store; set where none is set yet
     max_queued_bytes: int = 256 << 20  # of blocks on their way to the store
+    pinned: bool = False  # load into memory that a GPU copies from at full speed
 
 
 class RedisStoreTier:
-    """A `StoreTier` (services.worker.tiers) on one Redis. `close` it when the engine has stopped."""
+    """A `StoreTier` (services.worker.tiers) on Redis. `close` it when the engine has stopped."""
 
     def __init__(self, config: StoreTierConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        urls = split_urls(config.url)
         layers, _, _, tokens, _ = config.block_shape
         block_bytes = math.prod(config.block_shape) * config.dtype.itemsize
         format = FrameFormat(config.fingerprint, layers, tokens, block_bytes)
-        self._clock = clock
-        self._blocks_per_byte = 1 / block_bytes
-        self._tokens_per_block = tokens
-        self._store = BlockStore(config.url, format, capacity=config.capacity, clock=clock)
-        self._known = KnownBlocks()
-        self._link = LinkEstimate()
-        self._reader = StoreReader(
-            self._store, self._known, self._link, config.block_shape, config.dtype, clock
-        )
-        self._writer = StoreWriter(self._store, self._known, max(1, config.max_queued_bytes // block_bytes))
+        capacity = None if config.capacity is None else config.capacity // len(urls)
+        # All clients before the first thread: a URL that makes no sense leaves none behind.
+        stores = [BlockStore(url, format, capacity=capacity, clock=clock) for url in urls]
+        self._tokens_per_byte = tokens / block_bytes
+        self._rendezvous = Rendezvous([Address.from_url(url).name for url in urls])
+        self._shards = [_Shard(store, config, len(urls), clock) for store in stores]
 
-    def start_load(self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str) -> Load | None:
-        return self._reader.start(hashes, recompute_s, tenant)
+    def start_load(
+        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes
+    ) -> Load | None:
+        return self._shard(first).reader.start(hashes, recompute_s, tenant)
 
     def offer(self, blocks: Sequence[OfferedBlock]) -> int:
-        return self._writer.offer(blocks)
+        taken = 0
+        for first, run in groupby(blocks, attrgetter("first")):
+            taken += self._shard(first).writer.offer(list(run))
+        return taken
 
-    def wants(self, hashes: Sequence[bytes]) -> Sequence[bool]:
-        return self._writer.wants(hashes)
+    def wants(self, hashes: Sequence[bytes], first: bytes) -> Sequence[bool]:
+        return self._shard(first).writer.wants(hashes)
 
-    def retain(self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str) -> None:
+    def retain(
+        self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str, first: bytes
+    ) -> None:
         """Tell the store what a request wants of blocks that it need not store again."""
-        self._writer.retain(hashes, priority, ttl_s, tenant)
+        self._shard(first).writer.retain(hashes, priority, ttl_s, tenant)
 
     def take_events(self) -> tuple[list[bytes], list[bytes]]:
-        return self._known.take_events()
+        stored: list[bytes] = []
+        removed: list[bytes] = []
+        for shard in self._shards:
+            new, gone = shard.known.take_events()
+            stored += new
+            removed += gone
+        return stored, removed
 
     def tokens_per_s(self) -> float:
-        if self._store.is_down() or not self._writer.reached:
-            return 0.0
-        return self._link.bytes_per_s(self._clock()) * self._blocks_per_byte * self._tokens_per_block
+        """The mean over the servers, a prefix being on any of them."""
+        bytes_per_s = sum(shard.bytes_per_s() for shard in self._shards) / len(self._shards)
+        return bytes_per_s * self._tokens_per_byte
 
     def counts(self) -> dict[str, int]:
-        """Counters since the start: loads, loaded_blocks, gate_closed, given_up, errors, quarantined:<reason>
-        and written:<outcome> (see frames.BadFrame and client.Outcome)."""
-        return self._store.counts()
+        """Counters since the start: loads, loaded_blocks, gate_closed, given_up, errors, busy,
+        quarantined:<reason> and written:<outcome> (see frames.BadFrame and client.Outcome)."""
+        total: Counter[str] = Counter()
+        for shard in self._shards:
+            total.update(shard.store.counts())
+        return dict(total)
 
     def close(self) -> None:
-        self._reader.stop()
-        self._writer.stop()
-        self._store.close()  # wakes the threads that wait for an answer
-        self._reader.join()
-        self._writer.join()
+        for shard in self._shards:
+            shard.stop()
+        for shard in self._shards:
+            shard.join()
+
+    def _shard(self, first: bytes) -> _Shard:
+        return self._shards[self._rendezvous.choose(first)]
+
+
+class _Shard:
+    """One server of the store, `of` how many."""
+
+    def __init__(
+        self, store: BlockStore, config: StoreTierConfig, of: int, clock: Callable[[], float]
+    ) -> None:
+        block_bytes = math.prod(config.block_shape) * config.dtype.itemsize
+        self._clock = clock
+        self.store = store
+        self.known = KnownBlocks()
+        self.link = LinkEstimate()
+        self.reader = StoreReader(
+            store, self.known, self.link, config.block_shape, config.dtype, config.pinned, clock
+        )
+        self.writer = StoreWriter(store, self.known, max(1, config.max_queued_bytes // of // block_bytes))
+
+    def bytes_per_s(self) -> float:
+        """Measured bandwidth of loads; 0 while the server is unreachable."""
+        if self.store.is_down() or not self.writer.reached:
+            return 0.0
+        return self.link.bytes_per_s(self._clock())
+
+    def stop(self) -> None:
+        self.reader.stop()
+        self.writer.stop()
+        self.store.close()  # wakes the threads that wait for an answer
+
+    def join(self) -> None:
+        self.reader.join()
+        self.writer.join()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import groupby
+from operator import attrgetter
 
 from services.worker.counters import Counters
 from services.worker.kv import KVCache
@@ -39,7 +40,7 @@ class StoreLoads:
     def start(self, sequence: Sequence, first_block: int) -> bool:
         hashes = sequence.hashes[first_block:]
         recompute_s = [self._rates.prefill_s((i + 1) * self._block_size) for i in range(len(hashes))]
-        load = self._store.start_load(hashes, recompute_s, sequence.request.tenant)
+        load = self._store.start_load(hashes, recompute_s, sequence.request.tenant, sequence.hashes[0])
         if load is None:
             return False
         self._active[sequence] = load
@@ -98,7 +99,9 @@ class WriteBehind:
         """Queue those of the first `blocks` blocks of a sequence that are here and not in the store, which
         may have lost or never had them: it takes no block without its parent."""
         hashes = sequence.hashes[:blocks]
-        for index, wanted in enumerate(self._store.wants(hashes)):
+        if not hashes:
+            return
+        for index, wanted in enumerate(self._store.wants(hashes, hashes[0])):
             page = self._pool.lookup(hashes[index])
             if wanted and page is not None:
                 self.add([sequence.block(index, page)])
@@ -110,7 +113,7 @@ class WriteBehind:
         blocks = [index for index in sequence.wishes if index < len(sequence.hashes)]
         for wish, indices in groupby(sorted(blocks), key=sequence.retention):
             hashes = [sequence.hashes[index] for index in indices]
-            self._store.retain(hashes, *wish, sequence.request.tenant)
+            self._store.retain(hashes, *wish, sequence.request.tenant, sequence.hashes[0])
 
     def copy(self, step_s: float) -> None:
         """Copy for a share of the `step_s` seconds that the step just done took; a little more freely when
@@ -130,20 +133,24 @@ class WriteBehind:
                 self._counters.unoffered_blocks += 1
         if not present:
             return
-        wanted = self._store.wants([block.hash for block in present])
+        wanted: list[FilledBlock] = []
+        for first, run in groupby(present, attrgetter("first")):
+            blocks = list(run)
+            wishes = self._store.wants([block.hash for block in blocks], first)
+            wanted += [block for block, wish in zip(blocks, wishes, strict=True) if wish]
         started_s = self._clock()
         offers = [
             OfferedBlock(
                 hash=block.hash,
                 parent=block.parent,
+                first=block.first,
                 depth=block.depth,
                 kv=self._kv.read_page(block.page),
                 priority=block.priority,
                 ttl_s=block.ttl_s,
                 tenant=block.tenant,
             )
-            for block, want in zip(present, wanted, strict=True)
-            if want
+            for block in wanted
         ]
         if not offers:
             return

@@ -20,6 +20,7 @@ class OfferedBlock:
 
     hash: bytes
     parent: bytes  # hash of the block before it; the root for block 0
+    first: bytes  # hash of its prefix's first block
     depth: int  # blocks before it in its prefix
     kv: torch.Tensor
     priority: int
@@ -46,9 +47,15 @@ class Load(Protocol):
 
 
 class StoreTier(Protocol):
-    """The shared store as the engine sees it. All methods return at once."""
+    """The shared store as the engine sees it. All methods return at once.
 
-    def start_load(self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str) -> Load | None:
+    Blocks of one call belong to one prefix, whose first block's hash is `first`: it says where in the store
+    they are.
+    """
+
+    def start_load(
+        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes
+    ) -> Load | None:
         """Begin to fetch a leading run of `hashes`, or None when the store cannot help (down, gate closed).
 
         `recompute_s[i]` is the predicted time to compute the first i+1 of them instead. The tier decides
@@ -56,12 +63,15 @@ class StoreTier(Protocol):
         """
 
     def offer(self, blocks: Sequence[OfferedBlock]) -> int:
-        """Write behind. Returns how many were taken; the rest is dropped: bytes in flight are bounded."""
+        """Write behind, blocks of any prefixes. Returns how many were taken; the rest is dropped: bytes in
+        flight are bounded."""
 
-    def wants(self, hashes: Sequence[bytes]) -> Sequence[bool]:
+    def wants(self, hashes: Sequence[bytes], first: bytes) -> Sequence[bool]:
         """Which of these blocks `offer` would take now, so that the engine copies no page in vain."""
 
-    def retain(self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str) -> None:
+    def retain(
+        self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str, first: bytes
+    ) -> None:
         """A request hit these blocks, so nobody offers them again, and wants them kept like this."""
 
     def take_events(self) -> tuple[list[bytes], list[bytes]]:

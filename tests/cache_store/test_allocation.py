@@ -7,13 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis import Redis
 
-from services.cache_store.allocation import piece_lengths, size_class, stored_bytes
+from services.cache_store.address import Address
+from services.cache_store.allocation import MAX_PIECES, piece_lengths, size_class, stored_bytes
+from services.cache_store.embedded import LocalRedis
 from services.cache_store.frames import HEADER_BYTES, FrameFormat
 from services.cache_store.functions import FENCE_BYTES
+from services.cache_store.lanes import Lanes
 from services.cache_store.payloads import Payloads
+from services.cache_store.pool import ConnectionPool
 from services.wire.hashes import HASH_BYTES
 
-KIB = 1024
+KIB, MIB = 1 << 10, 1 << 20
 
 #: layers * 2 * kv_heads * tokens * head_dim * bytes
 MODELS = {
@@ -40,30 +44,43 @@ def test_size_classes_are_those_of_jemalloc() -> None:
 
 
 @given(st.integers(HEADER_BYTES + 1, 1 << 28))
-def test_pieces_make_up_the_frame_and_the_first_holds_the_header(frame_bytes: int) -> None:
+def test_pieces_make_up_the_frame_are_few_and_the_first_holds_the_header(frame_bytes: int) -> None:
     pieces = piece_lengths(frame_bytes)
     assert sum(pieces) == frame_bytes
-    assert len(pieces) <= 2
+    assert len(pieces) <= MAX_PIECES
     assert pieces[0] >= HEADER_BYTES
     assert min(pieces) > 0
 
 
+@given(st.integers(64 * KIB, 1 << 28))
+def test_no_frame_wastes_more_than_two_percent(frame_bytes: int) -> None:
+    assert stored_bytes(frame_bytes) < frame_bytes * 1.02
+
+
+@given(st.integers(32 * KIB, 1 << 28))
+def test_values_are_at_most_a_mebibyte_while_sixteen_hold_the_frame(frame_bytes: int) -> None:
+    assert max(piece_lengths(frame_bytes)) < max(MIB, frame_bytes / 16 * 1.25)
+
+
 @pytest.mark.parametrize("payload_bytes", MODELS.values(), ids=MODELS.keys())
-def test_frames_of_usual_models_waste_less_than_a_twelfth_of_redis_memory(payload_bytes: int) -> None:
+def test_frames_of_usual_models_waste_less_than_half_a_percent(payload_bytes: int) -> None:
     frame_bytes = FrameFormat(bytes(16), 1, 16, payload_bytes).frame_bytes
-    assert stored_bytes(frame_bytes) < payload_bytes * 13 / 12
+    assert stored_bytes(frame_bytes) < payload_bytes * 1.005
 
 
-def test_a_payload_of_a_power_of_two_would_waste_a_quarter_in_one_piece_and_nothing_in_two() -> None:
+def test_a_payload_of_a_power_of_two_would_waste_a_quarter_in_one_piece_and_nothing_in_three() -> None:
     frame_bytes = HEADER_BYTES + (2 << 20)
     assert size_class(frame_bytes) / (2 << 20) == 1.25
     assert stored_bytes(frame_bytes) / (2 << 20) < 1.001
 
 
 @pytest.mark.parametrize("payload_bytes", [20_000, 360 * KIB, 512 * KIB, 2048 * KIB])
-def test_redis_takes_hardly_more_memory_than_is_charged(redis: Redis, payload_bytes: int) -> None:
+def test_redis_takes_hardly_more_memory_than_is_charged(
+    redis: Redis, redis_server: LocalRedis, payload_bytes: int
+) -> None:
     frame_bytes = HEADER_BYTES + payload_bytes
-    payloads = Payloads(redis, frame_bytes)
+    pool = ConnectionPool(Address.from_url(redis_server.socket_url), 5.0)
+    payloads = Payloads(pool, Lanes(), frame_bytes, timeout_s=5.0)
     payload = memoryview(os.urandom(payload_bytes))
 
     def put(count: int) -> None:
@@ -78,3 +95,4 @@ def test_redis_takes_hardly_more_memory_than_is_charged(redis: Redis, payload_by
     used = redis.info("memory")["used_memory"] - before
     slack = 128 * KIB + count * 5 * KIB  # connections' buffers; without jemalloc values round to pages
     assert 0.9 * count * payload_bytes < used <= count * stored_bytes(frame_bytes) + slack
+    pool.close()

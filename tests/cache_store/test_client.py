@@ -46,7 +46,7 @@ def read_all(store: BlockStore, hashes: list[bytes]) -> list[bytes]:
     payloads: list[bytes] = []
     for start in range(0, len(found.hashes), store.batch):
         stop = min(len(found.hashes), start + store.batch)
-        payloads += [b"".join(pieces) for pieces in store.read(found, start, stop)]
+        payloads += [bytes(payload) for payload in store.read(found, start, stop)]
         if len(payloads) < stop:
             break
     store.release(found)
@@ -373,7 +373,7 @@ def test_whatever_is_found_can_be_read_while_others_write_and_evict(redis_server
                 problems.append(found)
                 return
             got = store.read(found, 0, len(found.hashes)) if found.hashes else []
-            if [b"".join(pieces) for pieces in got] != [bytes(payload_of(block)) for block in found.hashes]:
+            if [bytes(payload) for payload in got] != [bytes(payload_of(block)) for block in found.hashes]:
                 problems.append(found)
             store.release(found)
             reads.append(len(got))

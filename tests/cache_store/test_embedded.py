@@ -138,3 +138,5 @@ def test_a_wrong_password_is_named_as_such() -> None:
 def test_a_public_url_has_no_user_and_no_password() -> None:
     assert public_url("rediss://me:secret@host:6379/1") == "rediss://host:6379/1"
     assert public_url("redis://host:6379") == "redis://host:6379"
+    assert public_url("unix:///r.sock?password=secret") == "unix:///r.sock"
+    assert public_url("redis://:secret@a:1/0,rediss://me:secret@b:2") == "redis://a:1/0,rediss://b:2"

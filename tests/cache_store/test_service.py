@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
 from services.cache_store.__main__ import main
+from services.cache_store.address import Address
 from services.cache_store.allocation import stored_bytes
 from services.cache_store.client import BlockStore
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
@@ -211,7 +212,35 @@ def test_the_process_serves_metrics_sets_the_capacity_and_ends_on_sigterm(redis_
         def ready() -> bool:
             with urllib.request.urlopen(url) as answer:
                 metrics = parse(answer.read().decode())
-            return metrics.get("reprise_store_capacity_bytes") == 1.5 * (1 << 30)
+            name = Address.from_url(redis_server.url).name
+            return metrics.get(f"reprise_store_capacity_bytes[{name}]") == 1.5 * (1 << 30)
+
+        wait_until(ready)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_process_keeps_every_server_of_a_store_and_does_without_one_that_is_away(
+    redis_server: LocalRedis,
+) -> None:
+    urls = [redis_server.url, redis_server.url.replace("/0", "/1"), "redis://127.0.0.1:1/0"]
+    names = [Address.from_url(url).name for url in urls]
+    command = [sys.executable, "-m", "services.cache_store", "--redis", ",".join(urls),
+               "--capacity", "3GiB", "--interval", "0.05"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+
+        def ready() -> bool:
+            with urllib.request.urlopen(url) as answer:
+                metrics = parse(answer.read().decode())
+            up = [metrics[f"reprise_store_up[{name}]"] for name in names]
+            capacities = [metrics.get(f"reprise_store_capacity_bytes[{name}]") for name in names]
+            return up == [1, 1, 0] and capacities == [1 << 30, 1 << 30, None]
 
         wait_until(ready)
         process.send_signal(signal.SIGTERM)

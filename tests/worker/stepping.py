@@ -105,7 +105,7 @@ class MemoryStore:
         self.retained: list[tuple[list[bytes], int, float | None, str]] = []
 
     def start_load(
-        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str
+        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes
     ) -> MemoryLoad | None:
         self.recompute_s.append(recompute_s)
         found: list[torch.Tensor] = []
@@ -126,10 +126,12 @@ class MemoryStore:
             self.new.append(block.hash)
         return len(taken)
 
-    def wants(self, hashes: Sequence[bytes]) -> Sequence[bool]:
+    def wants(self, hashes: Sequence[bytes], first: bytes) -> Sequence[bool]:
         return [hash not in self.blocks for hash in hashes]
 
-    def retain(self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str) -> None:
+    def retain(
+        self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str, first: bytes
+    ) -> None:
         self.retained.append((list(hashes), priority, ttl_s, tenant))
 
     def take_events(self) -> tuple[list[bytes], list[bytes]]:

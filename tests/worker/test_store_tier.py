@@ -11,14 +11,17 @@ import pytest
 import torch
 from redis import Redis
 
+from services.cache_store.address import Address
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
 from services.cache_store.functions import StoreFunctions
+from services.cache_store.shards import Rendezvous
 from services.worker.store_tier import RedisStoreTier, StoreTierConfig
 from services.worker.tiers import Load, LoadResult, OfferedBlock
 from tests.cache_store.harness import chain
 from tests.cache_store.proxy import SlowProxy
 
 SHAPE = (2, 2, 2, 16, 64)
+FIRST = b"1" * 16  # says which of several servers; the tests of one server do not care
 CAPACITY = 64 << 20
 SLOW_COMPUTE_S = 1.0  # a block: any load is worth it
 FAST_COMPUTE_S = 1e-7  # a block: no load is
@@ -94,16 +97,19 @@ def costs(count: int, each_s: float = SLOW_COMPUTE_S) -> list[float]:
     return [each_s * (i + 1) for i in range(count)]
 
 
-def offers(hashes: list[bytes], dtype: torch.dtype = torch.float32, priority: int = 35) -> list[OfferedBlock]:
+def offers(
+    hashes: list[bytes], dtype: torch.dtype = torch.float32, first: bytes = FIRST
+) -> list[OfferedBlock]:
     root = b"r" * 16
     generator = torch.Generator().manual_seed(hashes[0][0])
     return [
         OfferedBlock(
             hash=hash_,
             parent=parent,
+            first=first,
             depth=depth,
             kv=torch.randn(SHAPE, generator=generator).to(dtype),
-            priority=priority,
+            priority=35,
             ttl_s=None,
             tenant="t",
         )
@@ -142,7 +148,7 @@ def test_blocks_of_one_worker_come_to_another_bit_by_bit(
     hashes = chain("a", 40)
     blocks = offers(hashes, dtype)
     store_all(one, blocks)
-    result = result_of(other.start_load(hashes, costs(40), "t"))
+    result = result_of(other.start_load(hashes, costs(40), "t", FIRST))
     assert len(result.blocks) == 40
     assert result.seconds > 0
     assert all(torch.equal(got, block.kv) for got, block in zip(result.blocks, blocks, strict=True))
@@ -156,9 +162,9 @@ def test_a_load_gives_the_leading_run_and_tells_what_it_learned(
     one, other = tiers(redis_server.url), tiers(redis_server.url)
     hashes = chain("a", 10)
     store_all(one, offers(hashes)[:6])
-    assert len(result_of(other.start_load(hashes, costs(10), "t")).blocks) == 6
+    assert len(result_of(other.start_load(hashes, costs(10), "t", FIRST)).blocks) == 6
     assert other.take_events() == (hashes[:6], [])
-    assert list(other.wants(hashes)) == [False] * 6 + [True] * 4
+    assert list(other.wants(hashes, FIRST)) == [False] * 6 + [True] * 4
 
 
 def test_a_suffix_of_a_prefix_can_be_loaded_alone(
@@ -168,7 +174,7 @@ def test_a_suffix_of_a_prefix_can_be_loaded_alone(
     hashes = chain("a", 10)
     blocks = offers(hashes)
     store_all(tier, blocks)
-    result = result_of(tier.start_load(hashes[4:], costs(6), "t"))
+    result = result_of(tier.start_load(hashes[4:], costs(6), "t", FIRST))
     assert [torch.equal(got, b.kv) for got, b in zip(result.blocks, blocks[4:], strict=True)] == [True] * 6
 
 
@@ -176,8 +182,8 @@ def test_nothing_is_loaded_for_nothing(
     redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier]
 ) -> None:
     tier = tiers(redis_server.url)
-    assert tier.start_load([], [], "t") is None
-    assert result_of(tier.start_load(chain("a", 3), costs(3), "t")).blocks == []
+    assert tier.start_load([], [], "t", FIRST) is None
+    assert result_of(tier.start_load(chain("a", 3), costs(3), "t", FIRST)).blocks == []
 
 
 def test_a_flipped_byte_ends_the_run_before_it_and_is_counted(
@@ -189,13 +195,13 @@ def test_a_flipped_byte_ends_the_run_before_it_and_is_counted(
     store_all(tier, blocks)
     key = min((key for key in redis.keys("reprise1:{p0}:*") if hashes[5] in key), key=len)
     redis.setrange(key, 5000, bytes([redis.getrange(key, 5000, 5000)[0] ^ 1]))
-    result = result_of(tier.start_load(hashes, costs(8), "t"))
+    result = result_of(tier.start_load(hashes, costs(8), "t", FIRST))
     assert len(result.blocks) == 5
     assert tier.counts()["quarantined:crc"] == 1
     assert tier.take_events() == ([], [hashes[5]])
-    assert list(tier.wants(hashes)) == [False] * 5 + [True] + [False] * 2
+    assert list(tier.wants(hashes, FIRST)) == [False] * 5 + [True] + [False] * 2
     store_all(tier, blocks[5:6])
-    assert len(result_of(tier.start_load(hashes, costs(8), "t")).blocks) == 8
+    assert len(result_of(tier.start_load(hashes, costs(8), "t", FIRST)).blocks) == 8
 
 
 def test_a_retention_reaches_blocks_that_are_stored_already(
@@ -204,7 +210,7 @@ def test_a_retention_reaches_blocks_that_are_stored_already(
     tier = tiers(redis_server.url)
     hashes = chain("a", 3)
     store_all(tier, offers(hashes))
-    tier.retain(hashes, 90, 60.0, "t")
+    tier.retain(hashes, 90, 60.0, "t", FIRST)
     wait_until(lambda: redis.hlen(StoreFunctions(redis).key["retained"]) == 3)
 
 
@@ -216,10 +222,10 @@ def test_what_is_stored_or_on_its_way_is_not_wanted(
 ) -> None:
     tier = tiers(redis_server.url)
     hashes = chain("a", 5)
-    assert list(tier.wants(hashes)) == [True] * 5
+    assert list(tier.wants(hashes, FIRST)) == [True] * 5
     blocks = offers(hashes)
     assert tier.offer(blocks) == 5
-    assert list(tier.wants(hashes)) == [False] * 5
+    assert list(tier.wants(hashes, FIRST)) == [False] * 5
     assert tier.offer(blocks) == 5, "taken, and not written twice"
     store_all(tier, offers(chain("b", 1)))
     assert StoreFunctions(redis).usage().counts["committed"] == 6
@@ -233,11 +239,11 @@ def test_offers_beyond_the_bound_are_refused_and_not_wanted(
     wait_until(lambda: tier.tokens_per_s() > 0)
     server.process.send_signal(signal.SIGSTOP)
     hashes = chain("a", 10)
-    assert sum(tier.wants(hashes)) == 3
+    assert sum(tier.wants(hashes, FIRST)) == 3
     assert tier.offer(offers(hashes)) == 3
-    assert sum(tier.wants(hashes[3:])) == 0
+    assert sum(tier.wants(hashes[3:], FIRST)) == 0
     server.process.send_signal(signal.SIGCONT)
-    wait_until(lambda: sum(tier.wants(hashes[3:])) == 3)
+    wait_until(lambda: sum(tier.wants(hashes[3:], FIRST)) == 3)
 
 
 def test_blocks_evicted_for_its_own_writes_are_reported_removed(
@@ -253,7 +259,7 @@ def test_blocks_evicted_for_its_own_writes_are_reported_removed(
         held = held - set(removed) | set(stored)
     assert 5 <= len(held) <= 20
     other = tiers(redis_server.url)
-    assert all(len(result_of(other.start_load([block], costs(1), "t")).blocks) == 1 for block in held)
+    assert all(len(result_of(other.start_load([block], costs(1), "t", FIRST)).blocks) == 1 for block in held)
 
 
 def test_a_block_whose_parent_was_evicted_makes_the_parent_wanted_again(
@@ -264,9 +270,9 @@ def test_a_block_whose_parent_was_evicted_makes_the_parent_wanted_again(
     blocks = offers(hashes)
     store_all(tier, blocks[:3])
     StoreFunctions(redis).evict(0)  # by somebody else, unheard
-    assert not any(tier.wants(hashes[:3]))
+    assert not any(tier.wants(hashes[:3], FIRST))
     assert tier.offer(blocks[3:]) == 1
-    wait_until(lambda: list(tier.wants(hashes)) == [False, False, True, True])
+    wait_until(lambda: list(tier.wants(hashes, FIRST)) == [False, False, True, True])
 
 
 # ---- load or compute ------------------------------------------------------------------------------------
@@ -281,12 +287,12 @@ def test_the_gate_closes_on_a_slow_link_and_opens_on_a_fast_one(
     slow, fast = tiers(proxy.url), tiers(redis_server.url)
     compute = costs(20, each_s=0.002)  # 32 KiB in 2 ms: worth it above 16 MB/s
     for tier in (slow, fast):
-        result_of(tier.start_load(hashes, costs(20), "t"))  # optimistic, then measured
-    assert slow.start_load(hashes, compute, "t") is None
+        result_of(tier.start_load(hashes, costs(20), "t", FIRST))  # optimistic, then measured
+    assert slow.start_load(hashes, compute, "t", FIRST) is None
     assert slow.counts()["gate_closed"] == 1
     assert 0 < slow.tokens_per_s() < fast.tokens_per_s()
-    assert len(result_of(fast.start_load(hashes, compute, "t")).blocks) > 0
-    assert slow.start_load(hashes, costs(20), "t") is not None, "slow computing makes a slow link worth it"
+    assert len(result_of(fast.start_load(hashes, compute, "t", FIRST)).blocks) > 0
+    assert slow.start_load(hashes, costs(20), "t", FIRST) is not None, "it computes slowly too"
     proxy.close()
 
 
@@ -294,7 +300,7 @@ def test_what_is_computed_in_no_time_is_never_loaded(
     redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier]
 ) -> None:
     tier = tiers(redis_server.url)
-    assert tier.start_load(chain("a", 20), costs(20, FAST_COMPUTE_S), "t") is None
+    assert tier.start_load(chain("a", 20), costs(20, FAST_COMPUTE_S), "t", FIRST) is None
     assert tier.counts() == {"gate_closed": 1}
 
 
@@ -305,13 +311,13 @@ def test_a_load_that_takes_longer_than_computing_is_given_up_with_what_it_has(
     hashes = chain("a", 4)
     store_all(tier, offers(hashes))
     server.process.send_signal(signal.SIGSTOP)
-    load = tier.start_load(hashes, costs(4, each_s=0.05), "t")
+    load = tier.start_load(hashes, costs(4, each_s=0.05), "t", FIRST)
     result = result_of(load)
     assert result.blocks == []
     assert 0.2 < result.seconds < 1.0, "the 200 ms of computing, not the timeout of the socket"
     server.process.send_signal(signal.SIGCONT)
     wait_until(lambda: tier.counts().get("given_up") == 1)
-    assert len(result_of(tier.start_load(hashes, costs(4), "t")).blocks) == 4
+    assert len(result_of(tier.start_load(hashes, costs(4), "t", FIRST)).blocks) == 4
 
 
 # ---- cancel, kill, close --------------------------------------------------------------------------------
@@ -325,7 +331,7 @@ def test_a_cancelled_load_holds_nothing_and_no_lease(
     store_all(tiers(redis_server.url), offers(hashes))
     proxy = SlowProxy(port_of(redis_server), bytes_per_s=5e6)
     tier = tiers(proxy.url)
-    load = tier.start_load(hashes, costs(20), "t")
+    load = tier.start_load(hashes, costs(20), "t", FIRST)
     assert load is not None
     time.sleep(after_s)  # the moment of the cancel, not a wait for anything
     load.cancel()
@@ -347,7 +353,7 @@ def test_redis_killed_in_the_middle_of_loads_and_writes_costs_misses_and_nothing
     hashes = chain("a", 200)
     blocks = offers(hashes)
     store_all(tier, blocks)
-    loads = [tier.start_load(hashes, costs(200), "t") for _ in range(8)]
+    loads = [tier.start_load(hashes, costs(200), "t", FIRST) for _ in range(8)]
     tier.offer(offers(chain("b", 100)))
     server.process.kill()
     server.stop()
@@ -355,8 +361,8 @@ def test_redis_killed_in_the_middle_of_loads_and_writes_costs_misses_and_nothing
     for result in results:
         assert all(torch.equal(got, b.kv) for got, b in zip(result.blocks, blocks, strict=False))
     wait_until(lambda: tier.tokens_per_s() == 0)
-    assert tier.start_load(hashes, costs(200), "t") is None
-    assert not any(tier.wants(chain("c", 3)))
+    assert tier.start_load(hashes, costs(200), "t", FIRST) is None
+    assert not any(tier.wants(chain("c", 3), FIRST))
 
     server = start_redis(find_server(), port=port, max_memory=256 << 20)
     try:
@@ -367,9 +373,9 @@ def test_redis_killed_in_the_middle_of_loads_and_writes_costs_misses_and_nothing
             return removed >= set(hashes)
 
         wait_until(emptied)
-        assert all(tier.wants(hashes))
+        assert all(tier.wants(hashes, FIRST))
         store_all(tier, blocks)
-        assert len(result_of(tier.start_load(hashes, costs(200), "t")).blocks) == 200
+        assert len(result_of(tier.start_load(hashes, costs(200), "t", FIRST)).blocks) == 200
     finally:
         server.stop()
 
@@ -380,9 +386,9 @@ def test_a_store_that_was_never_there_is_asked_little_and_says_so(
     tier = tiers("redis://127.0.0.1:1/0")
     assert tier.tokens_per_s() == 0
     for i in range(10):
-        load = tier.start_load(chain(f"{i}", 3), costs(3), "t")
+        load = tier.start_load(chain(f"{i}", 3), costs(3), "t", FIRST)
         assert load is None or result_of(load).blocks == []
-    wait_until(lambda: tier.start_load(chain("a", 3), costs(3), "t") is None)
+    wait_until(lambda: tier.start_load(chain("a", 3), costs(3), "t", FIRST) is None)
     tier.offer(offers(chain("a", 3)))
     assert tier.take_events() == ([], [])
 
@@ -406,11 +412,61 @@ def test_close_does_not_wait_for_a_store_that_hangs(
     hashes = chain("a", 4)
     store_all(tier, offers(hashes))
     server.process.send_signal(signal.SIGSTOP)
-    loads = [tier.start_load(hashes, costs(4), "t") for _ in range(5)]
+    loads = [tier.start_load(hashes, costs(4), "t", FIRST) for _ in range(5)]
     tier.offer(offers(chain("b", 4)))
     tier.close()
     assert [load.poll() is not None for load in loads if load is not None] == [True] * 5
-    assert tier.start_load(hashes, costs(4), "t") is None
+    assert tier.start_load(hashes, costs(4), "t", FIRST) is None
     assert tier.offer(offers(chain("c", 4))) == 0
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("store-")]
     tier.close()
+
+
+# ---- several servers ------------------------------------------------------------------------------------
+
+
+def test_prefixes_spread_over_servers_and_each_is_whole_on_one(
+    redis_server: LocalRedis, redis: Redis, tiers: Callable[..., RedisStoreTier]
+) -> None:
+    urls = [redis_server.url.replace("/0", f"/{db}") for db in range(3)]
+    one, other = tiers(",".join(urls)), tiers(",".join(reversed(urls)), capacity=None)
+    prefixes = [chain(f"{i}", 5) for i in range(30)]
+    for hashes in prefixes:
+        store_all(one, offers(hashes, first=hashes[0]))
+    for hashes in prefixes:
+        assert len(result_of(other.start_load(hashes, costs(5), "t", hashes[0])).blocks) == 5
+        assert len(result_of(other.start_load(hashes[2:], costs(3), "t", hashes[0])).blocks) == 3
+        assert not any(one.wants(hashes, hashes[0]))
+    assert set(other.take_events()[0]) == {block for hashes in prefixes for block in hashes}
+    sizes = []
+    for url in urls:
+        with Redis.from_url(url) as client:
+            usage = StoreFunctions(client).usage()
+            assert usage.capacity == CAPACITY // 3
+            assert usage.blocks % 5 == 0
+            sizes.append(usage.blocks)
+    assert sum(sizes) == 150
+    assert min(sizes) > 0
+
+
+def test_a_server_that_is_down_costs_hits_of_its_own_prefixes_and_no_others(
+    redis_server: LocalRedis, server: LocalRedis, tiers: Callable[..., RedisStoreTier]
+) -> None:
+    tier = tiers(f"{redis_server.url},{server.url}")
+    rendezvous = Rendezvous([Address.from_url(url).name for url in (redis_server.url, server.url)])
+    prefixes = [chain(f"{i}", 3) for i in range(20)]
+    on_it = [hashes for hashes in prefixes if rendezvous.choose(hashes[0]) == 1]
+    elsewhere = [hashes for hashes in prefixes if rendezvous.choose(hashes[0]) == 0]
+    assert min(len(on_it), len(elsewhere)) > 2
+    for hashes in prefixes:
+        store_all(tier, offers(hashes, first=hashes[0]))
+    both = tier.tokens_per_s()
+    server.process.kill()
+    wait_until(lambda: tier.start_load(on_it[0], costs(3), "t", on_it[0][0]) is None)
+    for hashes in elsewhere:
+        assert len(result_of(tier.start_load(hashes, costs(3), "t", hashes[0])).blocks) == 3
+    for hashes in on_it:
+        assert tier.start_load(hashes, costs(3), "t", hashes[0]) is None
+        assert not any(tier.wants(chain("new", 2), hashes[0]))
+    assert all(tier.wants(chain("new", 2), elsewhere[0][0]))
+    assert 0 < tier.tokens_per_s() < both * 2
