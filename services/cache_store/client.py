@@ -21,7 +21,14 @@ from redis.retry import Retry
 from services.cache_store.allocation import stored_bytes
 from services.cache_store.breaker import CircuitBreaker
 from services.cache_store.embedded import public_url
-from services.cache_store.frames import BadFrame, FrameFormat, frame_header, open_frame
+from services.cache_store.frames import (
+    HEADER_BYTES,
+    BadFrame,
+    FrameFormat,
+    Payload,
+    frame_header,
+    open_frame,
+)
 from services.cache_store.functions import (
     FOLLOW,
     HAVE,
@@ -129,7 +136,8 @@ class BlockStore:
         self._capacity = capacity
         self._block_bytes = stored_bytes(format.frame_bytes)
         self._functions = StoreFunctions(self._redis, shard=shard)
-        self._payloads = Payloads(self._redis, format.frame_bytes, shard=shard)
+        others = [HEADER_BYTES + size for size in format.takes.values()]
+        self._payloads = Payloads(self._redis, format.frame_bytes, shard=shard, others=others)
         self._clock = clock
         self._lock = threading.Lock()
         self._breaker = CircuitBreaker()
@@ -164,15 +172,15 @@ class BlockStore:
         """The leading run of `hashes` that the store holds, leased: release it. None: unreachable."""
         return self._try(partial(self._lookup, hashes, owner_digest(tenant)), None)
 
-    def read(self, found: Found, start: int, stop: int) -> list[list[memoryview]]:
+    def read(self, found: Found, start: int, stop: int) -> list[Payload]:
         """Payloads of blocks `start` to `stop` of a run, at most `batch`: a leading part of them, in order.
 
         It ends before the first one that is missing or not what it should be, which is then quarantined.
-        Each payload is one or two views, to be read as if joined.
+        The pieces of a payload are to be read as if joined.
         """
         nothing: list[list[bytes] | None] = []
         frames = self._try(partial(self._payloads.get, found.names[start:stop]), nothing)
-        payloads: list[list[memoryview]] = []
+        payloads: list[Payload] = []
         for index, pieces in enumerate(frames, start):
             block = found.hashes[index]
             payload = BadFrame.MISSING if pieces is None else open_frame(self._format, block, pieces)
@@ -181,6 +189,10 @@ class BlockStore:
                 break
             payloads.append(payload)
         return payloads
+
+    def quarantine(self, found: Found, index: int, reason: BadFrame) -> None:
+        """Block `index` of a run was read and is of no use: it leaves the store, and what builds on it."""
+        self._quarantine(found.names[index], reason)
 
     def release(self, found: Found) -> None:
         """End the leases of a run."""

@@ -26,12 +26,14 @@ _PX = b"$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(_BACKSTOP_MS)), _BACKSTOP_MS)
 
 
 class Payloads:
-    """The payloads of one shard whose frames are all `frame_bytes` long. Raises what redis-py raises."""
+    """The payloads of one shard. Frames of `frame_bytes` are written; those read may also be as long as
+    `others` says. Raises what redis-py raises."""
 
-    def __init__(self, redis: Redis, frame_bytes: int, *, shard: int = 0) -> None:
+    def __init__(self, redis: Redis, frame_bytes: int, *, shard: int = 0, others: Sequence[int] = ()) -> None:
         self._redis = redis
         self._shard = shard
         self._lengths = piece_lengths(frame_bytes)
+        self._most_pieces = max(len(piece_lengths(length)) for length in (frame_bytes, *others))
         self.batch = max(1, BATCH_BYTES // frame_bytes)  # frames
 
     def put(self, items: Sequence[tuple[bytes, bytes, memoryview]]) -> list[bool]:
@@ -60,7 +62,7 @@ class Payloads:
         text = b""
         for name, header, payload in items:
             at = 0
-            for key, length in zip(self._keys(name), self._lengths, strict=True):
+            for key, length in zip(_keys(self._shard, name), self._lengths, strict=False):
                 text += b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(key), key, length)
                 if at == 0:
                     text += header
@@ -71,14 +73,14 @@ class Payloads:
         return [*buffers, text]
 
     def get(self, names: Sequence[bytes]) -> list[list[bytes] | None]:
-        """The pieces of at most `batch` frames, None where one is missing."""
-        values: list[Any] = self._redis.mget([key for name in names for key in self._keys(name)])
-        values_each = len(self._lengths)
-        pieces = [values[at : at + values_each] for at in range(0, len(values), values_each)]
-        return [None if None in frame else frame for frame in pieces]
-
-    def _keys(self, name: bytes) -> Sequence[bytes]:
-        return _keys(self._shard, name)[: len(self._lengths)]
+        """The pieces of at most `batch` frames, None where there is none."""
+        each = self._most_pieces
+        keys = [key for name in names for key in _keys(self._shard, name)[:each]]
+        values: list[Any] = self._redis.mget(keys)
+        frames = [values[at : at + each] for at in range(0, len(values), each)]
+        return [
+            None if frame[0] is None else [value for value in frame if value is not None] for frame in frames
+        ]
 
 
 def _reply(connection: Connection) -> bool:

@@ -16,6 +16,7 @@ import msgspec
 import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
 
+from kernels.kv_payload import Codec
 from services.wire.channel_server import bind
 from services.wire.messages import Hello, Stats
 from services.worker.collectors import EngineCollector, StoreCollector
@@ -147,6 +148,7 @@ class Worker:
                 block_shape=(spec.layers, 2, spec.kv_heads, config.engine.block_size, spec.head_dim),
                 dtype=model.kv_dtype,
                 capacity=config.store_bytes,
+                codec=Codec(config.engine.store_codec),
             )
         )
         self._resources.callback(store.close)

@@ -6,18 +6,20 @@ start -> queue -> [thread] lookup + lease -> gate -> read, verify and copy in ba
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
+from itertools import chain, groupby
 from queue import Empty, SimpleQueue
 
 import torch
 
+from kernels.kv_payload import Codec, KVShape, are_finite
 from services.cache_store.client import BlockStore, Found
+from services.cache_store.frames import BadFrame, Payload
 from services.cache_store.known import KnownBlocks
 from services.cache_store.link import LinkEstimate
 from services.worker.gate import blocks_worth_loading
-from services.worker.tiers import LoadResult
+from services.worker.tiers import EncodedBlock, LoadResult
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class StoreLoad:
         self._started_s = clock()
         self._patience_s = patience_s
         self._lock = threading.Lock()
-        self._blocks: list[torch.Tensor] = []
+        self._blocks: list[EncodedBlock] = []
         self._seconds: float | None = None  # once it is over
         self.given_up = False
 
@@ -71,7 +73,7 @@ class StoreLoad:
     def over(self) -> bool:
         return self._seconds is not None
 
-    def add(self, blocks: list[torch.Tensor]) -> None:
+    def add(self, blocks: list[EncodedBlock]) -> None:
         with self._lock:
             if self._seconds is None:
                 self._blocks += blocks
@@ -93,13 +95,13 @@ class StoreReader:
         store: BlockStore,
         known: KnownBlocks,
         link: LinkEstimate,
-        block_shape: tuple[int, ...],
-        dtype: torch.dtype,
+        shape: KVShape,
+        block_bytes: int,
         clock: Callable[[], float],
     ) -> None:
-        self._block_shape = block_shape
-        self._dtype = dtype
-        self._block_bytes = math.prod(block_shape) * dtype.itemsize
+        """`block_bytes`: what a payload most likely has, for the time that a load may take."""
+        self._shape = shape
+        self._block_bytes = block_bytes
         self._store = store
         self._known = known
         self._link = link
@@ -190,25 +192,33 @@ class StoreReader:
             stop = min(count, start + self._store.batch)
             asked_s = self._clock()
             payloads = self._store.read(found, start, stop)
-            blocks = self._tensors(payloads)
+            blocks = self._sound(payloads)
+            if len(blocks) < len(payloads):
+                self._store.quarantine(found, start + len(blocks), BadFrame.SCALES)
             if blocks:
                 now = self._clock()
-                self._link.observe_read(len(blocks) * self._block_bytes, now - asked_s, now)
+                self._link.observe_read(sum(len(block.payload) for block in blocks), now - asked_s, now)
                 self._store.count("loaded_blocks", len(blocks))
                 load.add(blocks)
             if len(blocks) < stop - start:
                 self._known.discard([found.hashes[start + len(blocks)]])
                 return
 
-    def _tensors(self, payloads: Sequence[Sequence[memoryview]]) -> list[torch.Tensor]:
-        """One tensor a payload, all in one allocation."""
-        blocks = torch.empty((len(payloads), *self._block_shape), dtype=self._dtype)
-        target, at = tensor_bytes(blocks), 0
-        for payload in payloads:
-            for piece in payload:
+    def _sound(self, payloads: Sequence[Payload]) -> list[EncodedBlock]:
+        """The leading payloads that decode to finite values, copied together: one allocation a codec."""
+        sound: list[EncodedBlock] = []
+        for name, run in groupby(payloads, lambda payload: payload.codec):
+            codec, parts = Codec(name), [payload.pieces for payload in run]
+            blocks = torch.empty(len(parts), self._shape.payload_bytes(codec), dtype=torch.uint8)
+            target, at = tensor_bytes(blocks), 0
+            for piece in chain.from_iterable(parts):
                 target[at : at + len(piece)] = piece
                 at += len(piece)
-        return list(blocks.unbind())
+            for block, finite in zip(blocks, are_finite(blocks, self._shape, codec), strict=True):
+                if not finite:
+                    return sound
+                sound.append(EncodedBlock(codec, block))
+        return sound
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -6,13 +6,13 @@ a store that is down answers every question at once with nothing.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from kernels.kv_payload import Codec, KVShape
 from services.cache_store.client import BlockStore
 from services.cache_store.frames import FrameFormat
 from services.cache_store.known import KnownBlocks
@@ -24,7 +24,7 @@ from services.worker.tiers import Load, OfferedBlock
 
 @dataclass(frozen=True)
 class StoreTierConfig:
-    """`block_shape` is [layer, 2, head, token, dim] of `dtype`, the form of `OfferedBlock.kv`."""
+    """`block_shape` is [layer, 2, head, token, dim] of `dtype`: what payloads decode to."""
 
     url: str  # redis://, rediss:// or unix://
     fingerprint: bytes  # the model's: covers weights, dtype and layout
@@ -32,24 +32,32 @@ class StoreTierConfig:
     dtype: torch.dtype
     capacity: int | None = None  # bytes of the whole store; set where none is set yet
     max_queued_bytes: int = 256 << 20  # of blocks on their way to the store
+    codec: Codec = Codec.NONE  # of what is written; frames of more exact ones are read too
 
 
 class RedisStoreTier:
     """A `StoreTier` (services.worker.tiers) on one Redis. `close` it when the engine has stopped."""
 
     def __init__(self, config: StoreTierConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        layers, _, _, tokens, _ = config.block_shape
-        block_bytes = math.prod(config.block_shape) * config.dtype.itemsize
-        format = FrameFormat(config.fingerprint, layers, tokens, block_bytes)
+        layers, _, kv_heads, tokens, dim = config.block_shape
+        shape = KVShape(layers, kv_heads, tokens, dim, config.dtype)
+        block_bytes = shape.payload_bytes(config.codec)
+        format = FrameFormat(
+            config.fingerprint,
+            layers,
+            tokens,
+            block_bytes,
+            config.codec,
+            takes={codec: shape.payload_bytes(codec) for codec in config.codec.as_exact()},
+            raw_bytes=shape.payload_bytes(Codec.NONE),
+        )
         self._clock = clock
         self._blocks_per_byte = 1 / block_bytes
         self._tokens_per_block = tokens
         self._store = BlockStore(config.url, format, capacity=config.capacity, clock=clock)
         self._known = KnownBlocks()
         self._link = LinkEstimate()
-        self._reader = StoreReader(
-            self._store, self._known, self._link, config.block_shape, config.dtype, clock
-        )
+        self._reader = StoreReader(self._store, self._known, self._link, shape, block_bytes, clock)
         self._writer = StoreWriter(self._store, self._known, max(1, config.max_queued_bytes // block_bytes))
 
     def start_load(self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str) -> Load | None:
