@@ -116,7 +116,8 @@ class _Parts(NamedTuple):
 def _encode_scaled(x: torch.Tensor, codec: Codec, codes: torch.Tensor, scales: torch.Tensor) -> None:
     """x [..., D] to codes [..., D] of int8 or e4m3, and scales [...]."""
     levels = FP8_LEVELS if codec is Codec.FP8 else INT8_LEVELS
-    largest = x.abs().amax(-1).float()
+    x = x.float()
+    largest = x.abs().amax(-1)
     scale = _nearest(largest * (1 / levels)).clamp_min_(LEAST_SCALE)
     finite = largest.isfinite()
     if not bool(finite.all()):
