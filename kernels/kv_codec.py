@@ -131,7 +131,7 @@ def _decode_scaled(codes: torch.Tensor, scales: torch.Tensor, codec: Codec, out:
     levels = FP8_LEVELS if codec is Codec.FP8 else INT8_LEVELS
     scale = _parameter(scales)
     y = (_e4m3_to_float(codes) if codec is Codec.FP8 else codes) * scale.unsqueeze(-1)
-    out.copy_(_saturated(y, scale.max() * levels, out.dtype))
+    out.copy_(_saturated(y, scale.abs().max() * levels, out.dtype))
 
 
 def _encode_four_bits(x: torch.Tensor, codes: torch.Tensor, parameters: torch.Tensor) -> None:
@@ -157,7 +157,7 @@ def _encode_four_bits(x: torch.Tensor, codes: torch.Tensor, parameters: torch.Te
 def _decode_four_bits(codes: torch.Tensor, parameters: torch.Tensor, out: torch.Tensor) -> None:
     step, low = _parameter(parameters[:, 0::2]), _parameter(parameters[:, 1::2])  # [L, 2, H, T]
     bytes_ = codes.view(torch.uint8)
-    limit = (step * FOUR_BIT_LEVELS + low.abs()).max()
+    limit = (step.abs() * FOUR_BIT_LEVELS + low.abs()).max()
     for half, four_bits in enumerate((bytes_ & 15, bytes_ >> 4)):
         y = (four_bits * step[:, half].unsqueeze(-1)).add_(low[:, half].unsqueeze(-1))
         out.unflatten(-1, (2, -1))[..., half, :] = _saturated(y, limit, out.dtype)

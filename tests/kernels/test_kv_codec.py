@@ -156,6 +156,38 @@ def test_what_is_not_finite_is_told_and_spreads_to_no_other_token_or_head(
 
 @codecs
 @dtypes
+@given(seed=st.integers(0, 9999), finite=st.booleans())
+@settings(max_examples=10)
+def test_whatever_a_payload_holds_it_decodes_and_to_numbers_if_it_is_told_finite(
+    codec: Codec, dtype: torch.dtype, seed: int, finite: bool
+) -> None:
+    shape = KVShape(2, 2, 16, 16, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    payloads = torch.randint(256, (3, shape.payload_bytes(codec)), generator=generator, dtype=torch.uint8)
+    if finite and codec is not Codec.NONE:
+        layers = payloads.view(3, shape.layers, -1)
+        codes, parameters = layers.tensor_split([shape.code_bytes(codec)], dim=-1)
+        bits = parameters.view(torch.int16)
+        bits[..., ::2] |= 0x7F00  # half of them among the largest numbers, of either sign
+        bits[(bits & 0x7F80) == 0x7F80] &= ~0x0080
+        if codec is Codec.FP8:
+            codes &= 0xFE
+    told = are_finite(payloads, shape, codec)
+    if finite:
+        assert told == [True] * 3
+    runs: list[Callable[..., None]] = [reference_decode]
+    if dtype is not torch.bfloat16:
+        runs.append(kv_codec_kernels.launch_decode)
+    for run in runs:
+        pages = torch.zeros(shape.layers, 2, 3, *_page(shape), dtype=dtype)
+        run(payloads, pages, [0, 1, 2], codec)
+        for page, good in enumerate(told):
+            if good and codec is not Codec.NONE:
+                assert pages[:, :, page].isfinite().all()
+
+
+@codecs
+@dtypes
 def test_a_block_that_travels_again_arrives_the_same(codec: Codec, dtype: torch.dtype) -> None:
     """What one worker loaded and the store has lost is stored again, and again."""
     block = random_pages(KVShape(2, 2, 64, 64, dtype), 1, seed=3)[:, :, 0]
