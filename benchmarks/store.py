@@ -250,7 +250,7 @@ def measure_reads(link: str, url: str, repeats: int) -> list[ReadFigure]:
     keys = [b"reprise%d:{p0}:%s" % (LAYOUT, name) for name in names]
 
     def check(frame: memoryview | bytes | None) -> bool:
-        if frame is None or isinstance(open_frame(format, block, [frame]), BadFrame):
+        if frame is None or isinstance(open_frame(format, block, frame), BadFrame):
             raise RuntimeError("a frame came back bad")
         return True
 

@@ -123,3 +123,9 @@ def rope_tile(tokens: int) -> tuple[int, int]:
     if tokens <= 64:
         return 1, 1
     return (4, 1) if tokens <= 256 else (16, 4)
+
+
+#: Of one program of the KV codec: 32 elements a thread. They move bytes and little else; what counts is that
+#: many programs are on an SM at the same time, and the registers of this size (64 at most) let 8 of them.
+KV_CODEC_ELEMENTS = 4096
+KV_CODEC_WARPS = 4

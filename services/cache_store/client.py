@@ -22,7 +22,14 @@ from services.cache_store.address import Address
 from services.cache_store.allocation import stored_bytes
 from services.cache_store.breaker import CircuitBreaker
 from services.cache_store.embedded import public_url
-from services.cache_store.frames import BadFrame, FrameFormat, frame_header, open_frame
+from services.cache_store.frames import (
+    HEADER_BYTES,
+    BadFrame,
+    FrameFormat,
+    Payload,
+    frame_header,
+    open_frame,
+)
 from services.cache_store.functions import (
     FOLLOW,
     HAVE,
@@ -135,7 +142,12 @@ class BlockStore:
         self._lanes = Lanes()
         self._pool = ConnectionPool(Address.from_url(url), timeout_s)
         self._payloads = Payloads(
-            self._pool, self._lanes, format.frame_bytes, timeout_s=timeout_s, shard=shard
+            self._pool,
+            self._lanes,
+            format.frame_bytes,
+            timeout_s=timeout_s,
+            shard=shard,
+            others=[HEADER_BYTES + size for size in format.takes.values()],
         )
         self._clock = clock
         self._closed = False
@@ -184,32 +196,36 @@ class BlockStore:
         stop: int,
         memory: memoryview | None = None,
         lane: Lane = Lane.PREFETCH,
-    ) -> list[memoryview]:
+    ) -> list[Payload]:
         """Payloads of blocks `start` to `stop` of a run, at most `batch`: a leading part of them, in order.
 
         It ends before the first one that is missing or not what it should be, which is then quarantined.
-        Each payload is a view into `memory`: `slot_bytes` for each block, writable and the caller's to choose
-        (pinned, say). Without it the frames get memory of their own.
+        Each payload is a view into `memory`: `slot_bytes` for each block, writable and the
+        caller's to choose (pinned, say). Without it the frames get memory of their own.
         """
         names = found.names[start:stop]
         if memory is None:
             memory = memoryview(bytearray(len(names) * self.slot_bytes))
-        payloads: list[memoryview] = []
+        payloads: list[Payload] = []
         bad: list[tuple[bytes, BadFrame]] = []
 
         def take(index: int, frame: memoryview | None) -> bool:
             block = found.hashes[start + index]
-            payload = BadFrame.MISSING if frame is None else open_frame(self._format, block, [frame])
+            payload = BadFrame.MISSING if frame is None else open_frame(self._format, block, frame)
             if isinstance(payload, BadFrame):
                 bad.append((names[index], payload))
                 return False
-            payloads.extend(payload)
+            payloads.append(payload)
             return True
 
         self._try(partial(self._payloads.get, names, memory, lane, take), None)
         for name, reason in bad:
             self._quarantine(name, reason)
         return payloads
+
+    def quarantine(self, found: Found, index: int, reason: BadFrame) -> None:
+        """Block `index` of a run was read and is of no use: it leaves the store, and what builds on it."""
+        self._quarantine(found.names[index], reason)
 
     def release(self, found: Found) -> None:
         """End the leases of a run."""

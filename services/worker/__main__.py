@@ -17,6 +17,7 @@ from pathlib import Path
 
 import uvloop
 
+from services.cache_store.frames import CODEC_IDS
 from services.options import between, port, size
 from services.worker.config import EngineConfig
 from services.worker.process import Worker, WorkerConfig
@@ -131,6 +132,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="of the whole store, where none is set yet",
     )
+    add(
+        "--store-codec",
+        choices=list(CODEC_IDS),
+        help="how KV blocks travel to the store: none as they are (default), int8 (GPU: default) and fp8 at "
+        "half of bf16's bytes, k8v4 at two fifths; blocks of more exact codecs are read too",
+    )
     add("--drain-timeout", type=float, default=120.0, metavar="S", help="seconds (default %(default)g)")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser
@@ -152,6 +159,7 @@ def _config(options: argparse.Namespace) -> WorkerConfig:
             max_running=options.max_running,
             max_step_tokens=options.max_step_tokens,
             max_model_len=options.max_model_len,
+            store_codec=options.store_codec,
         ),
         device=options.device,
         dtype=options.dtype,

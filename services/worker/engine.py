@@ -16,7 +16,9 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 from kernels.compiled import kernels_compiled
+from kernels.kv_payload import Codec
 from services.wire.messages import Finish, FinishReason, Stats, Tier
+from services.worker.block_copies import BlockCopies
 from services.worker.check import RequestLimits, check_request
 from services.worker.commit import commit, end
 from services.worker.config import EngineConfig
@@ -104,9 +106,10 @@ class Engine:
         self._pool = PagePool(self.pages)
         self._loads: StoreLoads | None = None
         self._write_behind: WriteBehind | None = None
+        self._copies = BlockCopies(self.kv, Codec(config.store_codec))
         if store is not None:
             self._loads = StoreLoads(store, self._rates, config.block_size)
-            self._write_behind = WriteBehind(store, self.kv, self._pool, self.counters, clock)
+            self._write_behind = WriteBehind(store, self._copies, self._pool, self.counters, clock)
         limits = Limits(config.block_size, config.max_running, config.max_step_tokens, group_prefixes=on_gpu)
         self._scheduler = Scheduler(limits, self._pool, self._loads)
 
@@ -126,6 +129,8 @@ class Engine:
         limits = self._scheduler.limits
         self.runner.capture()
         warm_up(self.runner, limits, self.pages, self.max_model_len, self._rates, self._clock)
+        if self.runner.on_gpu and self._store is not None:
+            self._copies.warm_up()
         self._stats = self._current_stats()
         self._kernels_warm = kernels_compiled()
 
@@ -229,7 +234,7 @@ class Engine:
             first = sequence.computed // self._config.block_size
             blocks = result.blocks[: len(sequence.hashes) - first]
             try:
-                self.kv.write_pages(sequence.pages[first : first + len(blocks)], blocks)
+                self._copies.write(sequence.pages[first : first + len(blocks)], blocks)
             except ValueError:
                 log.exception("blocks of the store do not fit the KV cache")
                 blocks = []

@@ -2,12 +2,10 @@
 
 Layout version 1: `[layer, K|V, page, kv_head, token, head_dim]`. Within a layer one (page, head) is
 contiguous, the box an attention tile loads; across layers a page is read and written as one block
-`[layer, 2, kv_head, token, head_dim]`, the form in which blocks travel to the other tiers.
+`[layer, 2, kv_head, token, head_dim]` (see `block_copies`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
@@ -43,21 +41,3 @@ class KVCache:
     def v(self, layer: int) -> torch.Tensor:
         """Values of one layer, a view [page, kv_head, token, head_dim]."""
         return self.storage[layer, 1]
-
-    def read_page(self, page: int) -> torch.Tensor:
-        """The block in `page`: a contiguous copy on the host, [layer, 2, kv_head, token, head_dim]."""
-        return self.storage[:, :, page].to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-    def write_pages(self, pages: Sequence[int], blocks: Sequence[torch.Tensor]) -> None:
-        """Put `blocks[i]`, as `read_page` gives them, into `pages[i]`.
-
-        Raises ValueError, with nothing written, if a block has another shape or dtype than the cache's.
-        """
-        shape = self.storage[:, :, 0].shape
-        for block in blocks:
-            if block.shape != shape or block.dtype != self.storage.dtype:
-                raise ValueError(
-                    f"block must be {self.storage.dtype} {list(shape)}, got {block.dtype} {list(block.shape)}"
-                )
-        for page, block in zip(pages, blocks, strict=True):
-            self.storage[:, :, page].copy_(block, non_blocking=True)

@@ -16,6 +16,7 @@ import msgspec
 import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
 
+from kernels.kv_payload import Codec
 from services.wire.channel_server import bind
 from services.wire.messages import Hello, Stats
 from services.worker.collectors import EngineCollector, StoreCollector
@@ -148,6 +149,7 @@ class Worker:
                 dtype=model.kv_dtype,
                 capacity=config.store_bytes,
                 pinned=config.device.startswith("cuda"),
+                codec=Codec(config.engine.store_codec),
             )
         )
         self._resources.callback(store.close)

@@ -6,19 +6,19 @@ start -> queue -> [thread] lookup + lease -> gate -> read, verify and copy in ba
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
 import torch
 
+from kernels.kv_payload import Codec, KVShape, are_finite
 from services.cache_store.client import BlockStore, Found
-from services.cache_store.frames import HEADER_BYTES
+from services.cache_store.frames import HEADER_BYTES, BadFrame, Payload
 from services.cache_store.known import KnownBlocks
 from services.cache_store.link import LinkEstimate
 from services.worker.gate import blocks_worth_loading
-from services.worker.tiers import LoadResult
+from services.worker.tiers import EncodedBlock, LoadResult
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class StoreLoad:
         self._started_s = clock()
         self._patience_s = patience_s
         self._lock = threading.Lock()
-        self._blocks: list[torch.Tensor] = []
+        self._blocks: list[EncodedBlock] = []
         self._seconds: float | None = None  # once it is over
         self.given_up = False
 
@@ -72,7 +72,7 @@ class StoreLoad:
     def over(self) -> bool:
         return self._seconds is not None
 
-    def add(self, blocks: list[torch.Tensor]) -> None:
+    def add(self, blocks: list[EncodedBlock]) -> None:
         with self._lock:
             if self._seconds is None:
                 self._blocks += blocks
@@ -94,14 +94,15 @@ class StoreReader:
         store: BlockStore,
         known: KnownBlocks,
         link: LinkEstimate,
-        block_shape: tuple[int, ...],
-        dtype: torch.dtype,
+        shape: KVShape,
+        block_bytes: int,
         pinned: bool,
         clock: Callable[[], float],
     ) -> None:
-        self._block_shape = block_shape
-        self._dtype = dtype
-        self._block_bytes = math.prod(block_shape) * dtype.itemsize
+        """`block_bytes`: what a payload most likely has, for the time that a load may take. `pinned`: blocks
+        are received into memory that a GPU copies from."""
+        self._shape = shape
+        self._block_bytes = block_bytes
         self._pinned = pinned
         self._store = store
         self._known = known
@@ -192,27 +193,33 @@ class StoreReader:
                 return
             stop = min(count, start + self._store.batch)
             asked_s = self._clock()
-            frames = self._frames(stop - start)
-            there = self._store.read(found, start, stop, tensor_bytes(frames))
-            blocks = [self._block(frame) for frame in frames[: len(there)]]
+            frames = torch.empty(
+                (stop - start, self._store.slot_bytes), dtype=torch.uint8, pin_memory=self._pinned
+            )
+            payloads = self._store.read(found, start, stop, tensor_bytes(frames))
+            blocks = self._sound(payloads, frames)
+            if len(blocks) < len(payloads):
+                self._store.quarantine(found, start + len(blocks), BadFrame.SCALES)
             if blocks:
                 now = self._clock()
-                self._link.observe_read(len(blocks) * self._block_bytes, now - asked_s, now)
+                self._link.observe_read(sum(len(block.payload) for block in blocks), now - asked_s, now)
                 self._store.count("loaded_blocks", len(blocks))
                 load.add(blocks)
             if len(blocks) < stop - start:
                 self._known.discard([found.hashes[start + len(blocks)]])
                 return
 
-    def _frames(self, count: int) -> torch.Tensor:
-        """Memory for so many frames, a row each: pinned where a GPU will copy from it."""
-        shape = (count, self._store.slot_bytes)
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
-
-    def _block(self, frame: torch.Tensor) -> torch.Tensor:
-        """The block in a frame that was found to be in order; no copy, so it keeps all frames of its read."""
-        payload = frame[HEADER_BYTES : HEADER_BYTES + self._block_bytes]
-        return payload.view(self._dtype).view(self._block_shape)
+    def _sound(self, payloads: Sequence[Payload], frames: torch.Tensor) -> list[EncodedBlock]:
+        """The leading payloads that decode to finite values: parts of the rows of `frames` that they were
+        received in, no copies, so each keeps all of `frames`."""
+        sound: list[EncodedBlock] = []
+        for payload, frame in zip(payloads, frames, strict=False):
+            codec = Codec(payload.codec)
+            block = frame[HEADER_BYTES : HEADER_BYTES + self._shape.payload_bytes(codec)]
+            if not are_finite(block[None], self._shape, codec)[0]:
+                break
+            sound.append(EncodedBlock(codec, block))
+        return sound
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -9,7 +9,6 @@ that is slow or down costs hits of its own prefixes and nobody else's.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from operator import attrgetter
 
 import torch
 
+from kernels.kv_payload import Codec, KVShape
 from services.cache_store.address import Address, split_urls
 from services.cache_store.client import BlockStore
 from services.cache_store.frames import FrameFormat
@@ -32,7 +32,7 @@ from services.worker.tiers import Load, OfferedBlock
 
 @dataclass(frozen=True)
 class StoreTierConfig:
-    """`block_shape` is [layer, 2, head, token, dim] of `dtype`, the form of `OfferedBlock.kv`."""
+    """`block_shape` is [layer, 2, head, token, dim] of `dtype`: what payloads decode to."""
 
     url: str  # redis://, rediss:// or unix://; several servers' separated by commas
     fingerprint: bytes  # the model's: covers weights, dtype and layout
@@ -41,6 +41,7 @@ class StoreTierConfig:
     capacity: int | None = None  # bytes of the whole store; set where none is set yet
     max_queued_bytes: int = 256 << 20  # of blocks on their way to the store
     pinned: bool = False  # load into memory that a GPU copies from at full speed
+    codec: Codec = Codec.NONE  # of what is written; frames of more exact ones are read too
 
 
 class RedisStoreTier:
@@ -48,15 +49,24 @@ class RedisStoreTier:
 
     def __init__(self, config: StoreTierConfig, clock: Callable[[], float] = time.monotonic) -> None:
         urls = split_urls(config.url)
-        layers, _, _, tokens, _ = config.block_shape
-        block_bytes = math.prod(config.block_shape) * config.dtype.itemsize
-        format = FrameFormat(config.fingerprint, layers, tokens, block_bytes)
+        layers, _, kv_heads, tokens, dim = config.block_shape
+        shape = KVShape(layers, kv_heads, tokens, dim, config.dtype)
+        block_bytes = shape.payload_bytes(config.codec)
+        format = FrameFormat(
+            config.fingerprint,
+            layers,
+            tokens,
+            block_bytes,
+            config.codec,
+            takes={codec: shape.payload_bytes(codec) for codec in config.codec.as_exact()},
+            raw_bytes=shape.payload_bytes(Codec.NONE),
+        )
         capacity = None if config.capacity is None else config.capacity // len(urls)
         # All clients before the first thread: a URL that makes no sense leaves none behind.
         stores = [BlockStore(url, format, capacity=capacity, clock=clock) for url in urls]
         self._tokens_per_byte = tokens / block_bytes
         self._rendezvous = Rendezvous([Address.from_url(url).name for url in urls])
-        self._shards = [_Shard(store, config, len(urls), clock) for store in stores]
+        self._shards = [_Shard(store, config, shape, len(urls), clock) for store in stores]
 
     def start_load(
         self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes
@@ -114,16 +124,19 @@ class _Shard:
     """One server of the store, `of` how many."""
 
     def __init__(
-        self, store: BlockStore, config: StoreTierConfig, of: int, clock: Callable[[], float]
+        self,
+        store: BlockStore,
+        config: StoreTierConfig,
+        shape: KVShape,
+        of: int,
+        clock: Callable[[], float],
     ) -> None:
-        block_bytes = math.prod(config.block_shape) * config.dtype.itemsize
+        block_bytes = shape.payload_bytes(config.codec)
         self._clock = clock
         self.store = store
         self.known = KnownBlocks()
         self.link = LinkEstimate()
-        self.reader = StoreReader(
-            store, self.known, self.link, config.block_shape, config.dtype, config.pinned, clock
-        )
+        self.reader = StoreReader(store, self.known, self.link, shape, block_bytes, config.pinned, clock)
         self.writer = StoreWriter(store, self.known, max(1, config.max_queued_bytes // of // block_bytes))
 
     def bytes_per_s(self) -> float:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from operator import attrgetter
 
+from services.worker.block_copies import BlockCopies, Departure
 from services.worker.counters import Counters
-from services.worker.kv import KVCache
 from services.worker.pages import PagePool
 from services.worker.rates import Rates
 from services.worker.sequence import FilledBlock, Sequence
@@ -72,21 +72,22 @@ class WriteBehind:
     def __init__(
         self,
         store: StoreTier,
-        kv: KVCache,
+        copies: BlockCopies,
         pool: PagePool,
         counters: Counters,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
-        self._kv = kv
+        self._copies = copies
         self._pool = pool
         self._counters = counters
         self._clock = clock
         self._queue: dict[bytes, FilledBlock] = {}
+        self._departed: tuple[list[FilledBlock], Departure, float] | None = None  # since when
         self._copy_s = 0.0  # mean seconds a page
 
     def __bool__(self) -> bool:
-        return bool(self._queue)
+        return bool(self._queue) or self._departed is not None
 
     def add(self, filled: Iterable[FilledBlock]) -> None:
         """Queue blocks, parents before their children."""
@@ -118,6 +119,8 @@ class WriteBehind:
     def copy(self, step_s: float) -> None:
         """Copy for a share of the `step_s` seconds that the step just done took; a little more freely when
         there was none (0)."""
+        if not self._hand_over():
+            return  # one departure at a time
         if not step_s:
             most = _IDLE_PAGES
         elif self._copy_s:
@@ -131,34 +134,45 @@ class WriteBehind:
                 present.append(block)
             else:
                 self._counters.unoffered_blocks += 1
-        if not present:
-            return
-        wanted: list[FilledBlock] = []
+        blocks: list[FilledBlock] = []
         for first, run in groupby(present, attrgetter("first")):
-            blocks = list(run)
-            wishes = self._store.wants([block.hash for block in blocks], first)
-            wanted += [block for block, wish in zip(blocks, wishes, strict=True) if wish]
-        started_s = self._clock()
+            of_prefix = list(run)
+            wishes = self._store.wants([block.hash for block in of_prefix], first)
+            blocks += [block for block, wish in zip(of_prefix, wishes, strict=True) if wish]
+        if blocks:
+            started_s = self._clock()
+            self._departed = blocks, self._copies.read([block.page for block in blocks]), started_s
+            self._hand_over()
+
+    def _hand_over(self) -> bool:
+        """Offer what has departed to the store. False while it is on its way."""
+        if self._departed is None:
+            return True
+        blocks, departure, started_s = self._departed
+        if not departure.arrived():
+            return False
+        self._departed = None
+        seconds = departure.device_s()
+        copy_s = (self._clock() - started_s if seconds is None else seconds) / len(blocks)
+        self._copy_s = copy_s if not self._copy_s else self._copy_s + _COPY_WEIGHT * (copy_s - self._copy_s)
         offers = [
             OfferedBlock(
                 hash=block.hash,
                 parent=block.parent,
                 first=block.first,
                 depth=block.depth,
-                kv=self._kv.read_page(block.page),
+                kv=encoded,
                 priority=block.priority,
                 ttl_s=block.ttl_s,
                 tenant=block.tenant,
             )
-            for block in wanted
+            for block, encoded in zip(blocks, departure.blocks(), strict=True)
+            if encoded is not None
         ]
-        if not offers:
-            return
-        copy_s = (self._clock() - started_s) / len(offers)
-        self._copy_s = copy_s if not self._copy_s else self._copy_s + _COPY_WEIGHT * (copy_s - self._copy_s)
         taken = self._store.offer(offers)
         self._counters.offered_blocks += taken
-        self._counters.unoffered_blocks += len(offers) - taken
+        self._counters.unoffered_blocks += len(blocks) - taken
+        return True
 
     def _next(self) -> FilledBlock:
         """Take the oldest out of the queue."""

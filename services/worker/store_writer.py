@@ -136,7 +136,7 @@ class StoreWriter:
                     tenant=block.tenant,
                     priority=block.priority,
                     ttl_s=block.ttl_s,
-                    payload=tensor_bytes(block.kv),
+                    payload=tensor_bytes(block.kv.payload),
                 )
                 for block in batch
             ]

@@ -12,17 +12,27 @@ from typing import Protocol
 
 import torch
 
+from kernels.kv_payload import Codec
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """A block's KV as it travels: a payload (kernels.kv_payload), uint8 [bytes] on the host, never written
+    again."""
+
+    codec: Codec
+    payload: torch.Tensor
+
 
 @dataclass(frozen=True)
 class OfferedBlock:
-    """A full block that the engine computed. `kv` is the engine's own copy, [layer, 2, head, token, dim],
-    on the host, never written again."""
+    """A full block that the engine computed; `kv` is by the worker's codec."""
 
     hash: bytes
     parent: bytes  # hash of the block before it; the root for block 0
     first: bytes  # hash of its prefix's first block
     depth: int  # blocks before it in its prefix
-    kv: torch.Tensor
+    kv: EncodedBlock
     priority: int
     ttl_s: float | None
     tenant: str
@@ -30,9 +40,10 @@ class OfferedBlock:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """`blocks[i]` holds the KV of the i-th block asked for; a leading run, possibly empty."""
+    """`blocks[i]` holds the KV of the i-th block asked for; a leading run, possibly empty. Codecs may differ,
+    none is less exact than the worker's own."""
 
-    blocks: list[torch.Tensor]
+    blocks: list[EncodedBlock]
     seconds: float
 
 

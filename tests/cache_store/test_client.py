@@ -46,7 +46,7 @@ def read_all(store: BlockStore, hashes: list[bytes]) -> list[bytes]:
     payloads: list[bytes] = []
     for start in range(0, len(found.hashes), store.batch):
         stop = min(len(found.hashes), start + store.batch)
-        payloads += [bytes(payload) for payload in store.read(found, start, stop)]
+        payloads += [bytes(payload.data) for payload in store.read(found, start, stop)]
         if len(payloads) < stop:
             break
     store.release(found)
@@ -236,6 +236,42 @@ def test_a_model_with_another_fingerprint_never_reads_a_block(
     other.close()
 
 
+def test_a_fleet_changes_its_codec_worker_by_worker(redis_server: LocalRedis) -> None:
+    """Workers of the new codec read what the old ones wrote; old ones have what they cannot take replaced."""
+    sizes = {"none": 2 << 20, "int8": (1 << 20) + 4096}  # two pieces, and one
+    old_format = FrameFormat(b"f" * 16, 2, 16, sizes["none"])
+    new_format = FrameFormat(b"f" * 16, 2, 16, sizes["int8"], "int8", {"none": sizes["none"]}, sizes["none"])
+    old = BlockStore(redis_server.socket_url, old_format, capacity=64 << 20)
+    new = BlockStore(redis_server.socket_url, new_format)
+    blocks = chain("a", 3)
+    old.write(to_write(blocks[:2], sizes["none"]))
+    assert set(new.write(to_write(blocks[:2], sizes["int8"])).outcomes.values()) == {Outcome.HAD}
+    new.write(to_write(blocks[2:], sizes["int8"]))
+    written = [
+        bytes(payload_of(block, sizes[codec]))
+        for block, codec in zip(blocks, ("none", "none", "int8"), strict=True)
+    ]
+    assert read_all(new, blocks) == written
+
+    assert read_all(old, blocks) == written[:2]
+    assert old.counts()["quarantined:coarser"] == 1
+    assert old.write(to_write(blocks, sizes["none"])).outcomes[blocks[2]] is Outcome.STORED
+    whole = [bytes(payload_of(block, sizes["none"])) for block in blocks]
+    assert read_all(old, blocks) == read_all(new, blocks) == whole
+    assert not any(name.startswith("quarantined") for name in new.counts())
+    old.close()
+    new.close()
+
+
+@pytest.mark.parametrize("value", [b"", b"x", b"RPKV"])
+def test_a_value_too_short_for_a_header_is_a_miss(store: BlockStore, redis: Redis, value: bytes) -> None:
+    blocks = chain("a", 2)
+    store.write(to_write(blocks))
+    redis.set(next(key for key in payload_keys(redis) if blocks[1] in key), value)
+    assert len(read_all(store, blocks)) == 1
+    assert store.counts()["quarantined:truncated"] == 1
+
+
 # ---- writers that come too late -------------------------------------------------------------------------
 
 
@@ -373,7 +409,9 @@ def test_whatever_is_found_can_be_read_while_others_write_and_evict(redis_server
                 problems.append(found)
                 return
             got = store.read(found, 0, len(found.hashes)) if found.hashes else []
-            if [bytes(payload) for payload in got] != [bytes(payload_of(block)) for block in found.hashes]:
+            if [bytes(payload.data) for payload in got] != [
+                bytes(payload_of(block)) for block in found.hashes
+            ]:
                 problems.append(found)
             store.release(found)
             reads.append(len(got))

@@ -86,7 +86,7 @@ def test_a_server_that_ends_in_the_middle_of_a_read_gives_the_blocks_before_it(
     def read_batches() -> None:
         for start in range(0, len(BLOCKS), reader.batch):
             payloads = reader.read(found, start, min(len(BLOCKS), start + reader.batch))
-            read.append([bytes(payload) for payload in payloads])
+            read.append([bytes(payload.data) for payload in payloads])
 
     thread = in_background(read_batches)
     deadline = time.monotonic() + 20
@@ -149,7 +149,7 @@ def test_closing_while_others_read_and_write_answers_them_with_what_they_have(
     def read() -> None:
         going.wait()
         while payloads := store.read(found, 0, store.batch):
-            assert is_right([bytes(payload) for payload in payloads], BLOCKS)
+            assert is_right([bytes(payload.data) for payload in payloads], BLOCKS)
         ends.append(True)
 
     def write() -> None:

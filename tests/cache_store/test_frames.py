@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import os
+import struct
+from typing import Any
+from zlib import crc32
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_store.frames import HEADER_BYTES, BadFrame, FrameFormat, frame_header, open_frame
+from services.cache_store.frames import (
+    CODEC_IDS,
+    HEADER_BYTES,
+    BadFrame,
+    FrameFormat,
+    frame_header,
+    open_frame,
+)
 
 FORMAT = FrameFormat(fingerprint=bytes(range(16)), layers=3, tokens=16, payload_bytes=4096)
 BLOCK, PARENT = b"b" * 16, b"p" * 16
@@ -15,21 +25,16 @@ FRAME = frame_header(FORMAT, BLOCK, PARENT, memoryview(PAYLOAD)) + PAYLOAD
 
 
 def read(frame: bytes, format: FrameFormat = FORMAT, block: bytes = BLOCK) -> bytes | BadFrame:
-    opened = open_frame(format, block, [frame])
-    return opened if isinstance(opened, BadFrame) else b"".join(opened)
+    opened = open_frame(format, block, frame)
+    return opened if isinstance(opened, BadFrame) else bytes(opened.data)
 
 
 def test_a_frame_gives_its_payload_back_without_a_copy() -> None:
-    opened = open_frame(FORMAT, BLOCK, [FRAME])
+    opened = open_frame(FORMAT, BLOCK, FRAME)
     assert not isinstance(opened, BadFrame)
-    assert [(view.obj is FRAME, bytes(view)) for view in opened] == [(True, PAYLOAD)]
-
-
-@given(st.integers(HEADER_BYTES, len(FRAME) - 1))
-def test_a_frame_in_two_pieces_is_the_same_frame(cut: int) -> None:
-    opened = open_frame(FORMAT, BLOCK, [FRAME[:cut], FRAME[cut:]])
-    assert not isinstance(opened, BadFrame)
-    assert b"".join(opened) == PAYLOAD
+    assert opened.codec == "none"
+    assert opened.data.obj is FRAME
+    assert opened.data == PAYLOAD
 
 
 def test_the_header_takes_64_bytes() -> None:
@@ -45,7 +50,7 @@ def test_no_bit_can_flip_unnoticed(at: int, bit: int) -> None:
     expected = {
         **dict.fromkeys(range(0, 4), BadFrame.MAGIC),
         4: BadFrame.VERSION,
-        5: BadFrame.CODEC,
+        5: BadFrame.COARSER if bit == 0 else BadFrame.CODEC,
         **dict.fromkeys(range(6, 10), BadFrame.SHAPE),
         **dict.fromkeys(range(12, 20), BadFrame.FINGERPRINT),
         **dict.fromkeys(range(20, 36), BadFrame.BLOCK),
@@ -68,6 +73,73 @@ def test_the_frame_of_another_block_is_refused() -> None:
     assert read(FRAME, block=b"c" * 16) is BadFrame.BLOCK
 
 
+# ---- codecs ---------------------------------------------------------------------------------------------
+
+#: Lengths of a block's payload by codec, as they might be.
+SIZES = {"none": 4096, "int8": 2112, "fp8": 2112, "k8v4": 1700}
+
+
+def format_of(codec: str, *takes: str) -> FrameFormat:
+    others = {name: SIZES[name] for name in takes}
+    return FrameFormat(bytes(range(16)), 3, 16, SIZES[codec], codec, others, raw_bytes=SIZES["none"])
+
+
+def frame_of(codec: str) -> bytes:
+    payload = os.urandom(SIZES[codec])
+    return frame_header(format_of(codec), BLOCK, PARENT, memoryview(payload)) + payload
+
+
+def forged(frame: bytes, at: int, value: bytes) -> bytes:
+    """A frame that says otherwise at one place, its checksum right."""
+    header = bytearray(frame[:60])
+    header[at : at + len(value)] = value
+    return bytes(header) + struct.pack("<I", crc32(frame[64:], crc32(header))) + frame[64:]
+
+
+@pytest.mark.parametrize("codec", CODEC_IDS)
+def test_a_frame_says_its_codec_and_every_reader_that_takes_it_gets_the_payload(codec: str) -> None:
+    frame = frame_of(codec)
+    assert frame[5] == CODEC_IDS[codec]
+    for reader in (format_of(codec), format_of("k8v4", "none", "int8", "fp8")):
+        opened = open_frame(reader, BLOCK, frame)
+        assert not isinstance(opened, BadFrame)
+        assert opened.codec == codec
+        assert opened.data == frame[HEADER_BYTES:]
+
+
+def test_a_frame_of_a_codec_that_the_reader_does_not_take_is_refused_as_coarser() -> None:
+    assert read(frame_of("k8v4"), format_of("int8", "none")) is BadFrame.COARSER
+    assert read(frame_of("fp8"), format_of("int8", "none")) is BadFrame.COARSER, "of the same length"
+
+
+@pytest.mark.parametrize("number", [len(CODEC_IDS), 100, 255])
+def test_an_unknown_codec_is_refused(number: int) -> None:
+    assert read(forged(FRAME, 5, bytes([number]))) is BadFrame.CODEC
+
+
+@pytest.mark.parametrize("codec", CODEC_IDS)
+def test_lengths_that_do_not_match_the_codec_are_refused(codec: str) -> None:
+    reader = format_of("k8v4", "none", "int8", "fp8")
+    frame = frame_of(codec)
+    for other in {*SIZES.values(), 0, 2**32 - 1} - {SIZES[codec]}:
+        assert read(forged(frame, 56, struct.pack("<I", other)), reader) is BadFrame.SHAPE
+    assert read(forged(frame, 52, struct.pack("<I", SIZES["none"] - 1)), reader) is BadFrame.SHAPE
+    for length in (40, HEADER_BYTES, len(frame) - 1):
+        assert read(frame[:length], reader) is BadFrame.TRUNCATED
+    assert read(frame + b"0", reader) is BadFrame.TRUNCATED
+
+
+def test_one_codec_in_anothers_clothes_is_of_the_wrong_length() -> None:
+    reader = format_of("k8v4", "none", "int8", "fp8")
+    for codec in ("none", "int8", "fp8"):
+        assert read(forged(frame_of(codec), 5, bytes([CODEC_IDS["k8v4"]])), reader) is BadFrame.SHAPE
+
+
+@given(st.binary(max_size=200))
+def test_any_garbage_is_a_reason(garbage: bytes) -> None:
+    assert isinstance(read(garbage), BadFrame)
+
+
 @given(st.binary(min_size=len(FRAME), max_size=len(FRAME)))
 def test_garbage_is_never_a_frame(garbage: bytes) -> None:
     assert isinstance(read(garbage), BadFrame)
@@ -80,9 +152,13 @@ def test_garbage_is_never_a_frame(garbage: bytes) -> None:
         ({"layers": 0}, "layers must be 1 to 65535, got 0"),
         ({"tokens": 1 << 16}, "tokens must be 1 to 65535, got 65536"),
         ({"payload_bytes": 1 << 32}, "payload_bytes must be 1 to"),
+        ({"raw_bytes": 0}, "raw_bytes must be 1 to"),
+        ({"codec": "zip"}, "codec must be one of none, int8, fp8, k8v4, got 'zip'"),
+        ({"takes": {"zip": 3}}, "codec must be one of none, int8, fp8, k8v4, got 'zip'"),
+        ({"takes": {"int8": 0}}, "payload_bytes must be 1 to"),
     ],
 )
-def test_a_format_that_no_header_can_say_is_refused(changes: dict[str, int], message: str) -> None:
+def test_a_format_that_no_header_can_say_is_refused(changes: dict[str, Any], message: str) -> None:
     arguments = {"fingerprint": bytes(16), "layers": 1, "tokens": 16, "payload_bytes": 64, **changes}
     with pytest.raises(ValueError, match=message):
         FrameFormat(**arguments)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,6 +27,7 @@ from kernels import (
     decode_attention,
     decode_gemm,
     decode_map,
+    kv_codec_kernels,
     norm,
     prefill_attention,
     rope,
@@ -37,6 +39,7 @@ from kernels import (
     swiglu,
     table_writes,
 )
+from kernels.kv_payload import Codec, KVShape
 from kernels.tuned import gemm_sm90, sampling_sm90, sm90
 
 _TARGET = GPUTarget("cuda", 90, 32)
@@ -149,6 +152,7 @@ def shipped() -> Iterator[Config]:
     )
     yield from _linear_layers()
     yield from _sampling()
+    yield from _codecs()
 
 
 def _rope(name: str, n_q: int, n_kv: int, dim: int, norm_type: str | None, tokens: int) -> Config:
@@ -473,6 +477,35 @@ def _sampling() -> Iterator[Config]:
         constants={"BLOCK": 1024},
         warps=4,
     )
+
+
+def _codecs() -> Iterator[Config]:
+    """Every codec with bf16 pages of every model; pages of other dtypes once."""
+    for model, shape in (
+        ("llama-8b", KVShape(32, 8, 64, 128, torch.bfloat16)),
+        ("smollm2-135m", KVShape(30, 3, 16, 64, torch.bfloat16)),
+        ("phi3", KVShape(32, 32, 256, 96, torch.bfloat16)),
+        ("llama-8b-fp16", KVShape(32, 8, 64, 128, torch.float16)),
+        ("llama-8b-fp32", KVShape(32, 8, 64, 128, torch.float32)),
+    ):
+        pages = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[shape.dtype]
+        for codec in Codec:
+            codes = {Codec.NONE: pages, Codec.FP8: "*fp8e4nv"}.get(codec, "*i8")
+            for kernel in (kv_codec_kernels.encode_kernel, kv_codec_kernels.decode_kernel):
+                yield Config(
+                    name=f"codec-{kernel.fn.__name__.split('_')[0]}-{codec}-{model}",
+                    kernel=kernel,
+                    types={
+                        "storage": pages,
+                        "pages": "*i32",
+                        "codes": codes,
+                        "parameters": "*i16",
+                        "n_pages": "i32",
+                    },
+                    constants=kv_codec_kernels.launch_constants(shape, codec),
+                    warps=sm90.KV_CODEC_WARPS,
+                    fp_fusion=False,
+                )
 
 
 def _report(index: int) -> str:

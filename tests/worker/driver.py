@@ -75,6 +75,10 @@ class Driver:
         place = tensor(positions)
         return Batch(tensor(slots), place, place, self._tokens, attention, logit_rows=None)
 
+    def pages(self, key: Hashable) -> list[int]:
+        """Of a sequence, in the order of its blocks."""
+        return self._pages[self._slots[key]]
+
     def step(self, work: Sequence[tuple[Hashable, Sequence[int]]]) -> list[torch.Tensor]:
         """Run it; the logits [new tokens, vocab] of each sequence."""
         with torch.inference_mode():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Iterable, Sequence
-
-import torch
+from typing import Any
 
 from services.wire.messages import Finish, Logprob, Start, Tier
 from services.worker.config import EngineConfig
@@ -13,7 +12,7 @@ from services.worker.engine import Engine
 from services.worker.load import LoadedModel
 from services.worker.models.random import TINY, random_model
 from services.worker.request import Request, StepReport
-from services.worker.tiers import LoadResult, OfferedBlock
+from services.worker.tiers import EncodedBlock, LoadResult, OfferedBlock
 
 
 @functools.cache
@@ -29,7 +28,7 @@ class Stepped:
     """
 
     def __init__(
-        self, store: MemoryStore | None = None, model: LoadedModel | None = None, **config: int
+        self, store: MemoryStore | None = None, model: LoadedModel | None = None, **config: Any
     ) -> None:
         config = {"pages": 128, "max_running": 16, "max_step_tokens": 64} | config
         self.engine = Engine(model or tiny_model(), EngineConfig(**config), store, clock=self.time)
@@ -108,7 +107,7 @@ class MemoryStore:
         self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes
     ) -> MemoryLoad | None:
         self.recompute_s.append(recompute_s)
-        found: list[torch.Tensor] = []
+        found: list[EncodedBlock] = []
         for hash in hashes[: self.most]:
             if hash not in self.blocks:
                 break
@@ -146,7 +145,7 @@ class MemoryStore:
 
 
 class MemoryLoad:
-    def __init__(self, found: list[torch.Tensor], polls: int) -> None:
+    def __init__(self, found: list[EncodedBlock], polls: int) -> None:
         self.found = found
         self.polls = polls
         self.cancelled = False

@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from kernels.kv_payload import Codec
+from services.cache_store.frames import CODEC_IDS
 from services.wire.messages import Retention
 from services.worker.check import RequestLimits, check_request
 from services.worker.config import EngineConfig
@@ -105,11 +107,22 @@ def test_a_refused_request_leaves_no_trace() -> None:
         ({"max_model_len": 1}, "max_model_len must be at least 2, got 1"),
         ({"max_running": 64, "max_step_tokens": 63}, "max_step_tokens must be at least max_running"),
         ({"pipeline_depth": 3}, "pipeline_depth must be 1 or 2, got 3"),
+        ({"store_codec": "zip"}, "store_codec must be one of none, int8, fp8, k8v4, got 'zip'"),
     ],
 )
-def test_a_senseless_configuration_is_refused_by_name(fields: dict[str, int], message: str) -> None:
+def test_a_senseless_configuration_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**fields)
+
+
+def test_blocks_travel_compact_from_a_gpu_and_exact_from_a_cpu_unless_told_otherwise() -> None:
+    assert EngineConfig.for_device("cpu").store_codec == "none"
+    assert EngineConfig.for_device("cuda:1", store_codec=None).store_codec == "int8"
+    assert EngineConfig.for_device("cuda", store_codec="k8v4").store_codec == "k8v4"
+
+
+def test_every_codec_of_the_kernels_has_an_id_in_frames() -> None:
+    assert {codec.value for codec in Codec} == set(CODEC_IDS)
 
 
 def test_memory_and_setting_bound_the_length_of_a_request() -> None:

@@ -223,19 +223,19 @@ def test_a_block_whose_page_went_to_another_is_never_offered() -> None:
     stepped.settle()
     assert stepped.engine.counters.unoffered_blocks > 0
     cold = Stepped(pages=64)
-    kv = {}
     for i in range(6):
         cold.run([make_request(i, prompt(150, seed=i), max_tokens=2, ignore_eos=True)])
-    for hash in store.blocks:
-        kv[hash] = cold.engine.kv.read_page(cold.engine._pool._page_of[hash])
-    assert kv
-    assert all(store.blocks[hash].kv.allclose(kv[hash], atol=1e-5) for hash in kv)
+    assert store.blocks
+    for hash, block in store.blocks.items():
+        expected = cold.engine.kv.storage[:, :, cold.engine._pool._page_of[hash]]
+        stored = block.kv.payload.view(expected.dtype).view(expected.shape)
+        assert stored.allclose(expected, atol=1e-5)
 
 
 def test_foreign_blocks_from_the_store_are_refused_and_the_prompt_is_computed() -> None:
     store = stored(mixed())
     for block in store.blocks.values():
-        block.kv.resize_(1)
+        block.kv.payload.resize_(1)
     stepped = Stepped(store)
     assert stepped.run(mixed()) == alone()
     assert stepped.engine.counters.hit_tokens["store"] == 0

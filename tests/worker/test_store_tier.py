@@ -11,17 +11,20 @@ import pytest
 import torch
 from redis import Redis
 
+from kernels.kv_codec import encode
+from kernels.kv_payload import Codec
 from services.cache_store.address import Address
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
 from services.cache_store.functions import StoreFunctions
 from services.cache_store.shards import Rendezvous
 from services.worker.store_tier import RedisStoreTier, StoreTierConfig
-from services.worker.tiers import Load, LoadResult, OfferedBlock
+from services.worker.tiers import EncodedBlock, Load, LoadResult, OfferedBlock
 from tests.cache_store.harness import chain
 from tests.cache_store.proxy import SlowProxy
 
 SHAPE = (2, 2, 2, 16, 64)
 FIRST = b"1" * 16  # says which of several servers; the tests of one server do not care
+PAGES = (2, 2, 1, 2, 16, 64)  # the same as the KV cache has it
 CAPACITY = 64 << 20
 SLOW_COMPUTE_S = 1.0  # a block: any load is worth it
 FAST_COMPUTE_S = 1e-7  # a block: no load is
@@ -98,7 +101,11 @@ def costs(count: int, each_s: float = SLOW_COMPUTE_S) -> list[float]:
 
 
 def offers(
-    hashes: list[bytes], dtype: torch.dtype = torch.float32, first: bytes = FIRST
+    hashes: list[bytes],
+    dtype: torch.dtype = torch.float32,
+    priority: int = 35,
+    codec: Codec = Codec.NONE,
+    first: bytes = FIRST,
 ) -> list[OfferedBlock]:
     root = b"r" * 16
     generator = torch.Generator().manual_seed(hashes[0][0])
@@ -108,13 +115,17 @@ def offers(
             parent=parent,
             first=first,
             depth=depth,
-            kv=torch.randn(SHAPE, generator=generator).to(dtype),
-            priority=35,
+            kv=EncodedBlock(codec, encode(torch.randn(PAGES, generator=generator).to(dtype), [0], codec)[0]),
+            priority=priority,
             ttl_s=None,
             tenant="t",
         )
         for depth, (hash_, parent) in enumerate(zip(hashes, [root, *hashes], strict=False))
     ]
+
+
+def same(got: EncodedBlock, expected: EncodedBlock) -> bool:
+    return got.codec is expected.codec and torch.equal(got.payload, expected.payload)
 
 
 def store_all(tier: RedisStoreTier, blocks: list[OfferedBlock]) -> None:
@@ -151,8 +162,8 @@ def test_blocks_of_one_worker_come_to_another_bit_by_bit(
     result = result_of(other.start_load(hashes, costs(40), "t", FIRST))
     assert len(result.blocks) == 40
     assert result.seconds > 0
-    assert all(torch.equal(got, block.kv) for got, block in zip(result.blocks, blocks, strict=True))
-    assert result.blocks[0].dtype == dtype
+    assert all(same(got, block.kv) for got, block in zip(result.blocks, blocks, strict=True))
+    assert result.blocks[0].payload.nbytes == 2 * 2 * 2 * 16 * 64 * dtype.itemsize
     assert other.counts()["loaded_blocks"] == 40
 
 
@@ -175,7 +186,7 @@ def test_a_suffix_of_a_prefix_can_be_loaded_alone(
     blocks = offers(hashes)
     store_all(tier, blocks)
     result = result_of(tier.start_load(hashes[4:], costs(6), "t", FIRST))
-    assert [torch.equal(got, b.kv) for got, b in zip(result.blocks, blocks[4:], strict=True)] == [True] * 6
+    assert [same(got, b.kv) for got, b in zip(result.blocks, blocks[4:], strict=True)] == [True] * 6
 
 
 def test_nothing_is_loaded_for_nothing(
@@ -212,6 +223,74 @@ def test_a_retention_reaches_blocks_that_are_stored_already(
     store_all(tier, offers(hashes))
     tier.retain(hashes, 90, 60.0, "t", FIRST)
     wait_until(lambda: redis.hlen(StoreFunctions(redis).key["retained"]) == 3)
+
+
+# ---- codecs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", list(Codec))
+def test_payloads_of_every_codec_come_to_another_worker_bit_by_bit(
+    redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier], codec: Codec
+) -> None:
+    one, other = tiers(redis_server.url, codec=codec), tiers(redis_server.url, codec=codec)
+    hashes = chain("a", 40)
+    blocks = offers(hashes, codec=codec)
+    store_all(one, blocks)
+    result = result_of(other.start_load(hashes, costs(40), "t", FIRST))
+    assert all(same(got, block.kv) for got, block in zip(result.blocks, blocks, strict=True))
+
+
+def test_frames_of_more_exact_codecs_are_read_and_of_coarser_ones_replaced(
+    redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier]
+) -> None:
+    """A fleet in the middle of a change, whichever way."""
+    hashes = chain("a", 4)
+    workers = {codec: tiers(redis_server.url, codec=codec) for codec in Codec}
+    for block, codec in zip(range(4), Codec, strict=True):  # one block each, the most exact first
+        store_all(workers[codec], offers(hashes, codec=codec)[block : block + 1])
+    for reader, tier in workers.items():
+        result = result_of(tier.start_load(hashes[:1], costs(1), "t", FIRST))
+        assert [block.codec for block in result.blocks] == [Codec.NONE], reader
+    result = result_of(workers[Codec.K8V4].start_load(hashes, costs(4), "t", FIRST))
+    assert [block.codec for block in result.blocks] == list(Codec)
+
+    int8 = workers[Codec.INT8]
+    result = result_of(int8.start_load(hashes, costs(4), "t", FIRST))
+    assert [block.codec for block in result.blocks] == [Codec.NONE, Codec.INT8]
+    assert int8.counts()["quarantined:coarser"] == 1
+    wait_until(lambda: list(int8.wants(hashes, FIRST)) == [False, False, True, False])
+    assert int8.offer(offers(hashes, codec=Codec.INT8)[2:3]) == 1
+    wait_until(lambda: written(int8) == 2)
+    result = result_of(workers[Codec.K8V4].start_load(hashes, costs(4), "t", FIRST))
+    assert [block.codec for block in result.blocks] == [Codec.NONE, Codec.INT8, Codec.INT8, Codec.K8V4]
+
+
+@pytest.mark.parametrize("codec", [Codec.INT8, Codec.FP8, Codec.K8V4])
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80 - (1 << 16), 0x7FC0], ids=["inf", "-inf", "nan"])
+def test_scales_that_are_not_finite_end_the_run_and_are_counted(
+    redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier], codec: Codec, bits: int
+) -> None:
+    tier = tiers(redis_server.url, codec=codec)
+    hashes = chain("a", 8)
+    blocks = offers(hashes, codec=codec)
+    blocks[5].kv.payload.view(torch.int16)[-1] = bits
+    store_all(tier, blocks)
+    result = result_of(tier.start_load(hashes, costs(8), "t", FIRST))
+    assert len(result.blocks) == 5
+    assert tier.counts()["quarantined:scales"] == 1
+    assert len(result_of(tier.start_load(hashes, costs(8), "t", FIRST)).blocks) == 5, "it has left the store"
+
+
+def test_an_fp8_code_that_is_nan_ends_the_run_too(
+    redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier]
+) -> None:
+    tier = tiers(redis_server.url, codec=Codec.FP8)
+    hashes = chain("a", 2)
+    blocks = offers(hashes, codec=Codec.FP8)
+    blocks[1].kv.payload[7] = 0xFF
+    store_all(tier, blocks)
+    assert len(result_of(tier.start_load(hashes, costs(2), "t", FIRST)).blocks) == 1
+    assert tier.counts()["quarantined:scales"] == 1
 
 
 # ---- writing behind -------------------------------------------------------------------------------------
@@ -359,7 +438,7 @@ def test_redis_killed_in_the_middle_of_loads_and_writes_costs_misses_and_nothing
     server.stop()
     results = [result_of(load) for load in loads if load is not None]
     for result in results:
-        assert all(torch.equal(got, b.kv) for got, b in zip(result.blocks, blocks, strict=False))
+        assert all(same(got, b.kv) for got, b in zip(result.blocks, blocks, strict=False))
     wait_until(lambda: tier.tokens_per_s() == 0)
     assert tier.start_load(hashes, costs(200), "t", FIRST) is None
     assert not any(tier.wants(chain("c", 3), FIRST))

@@ -148,6 +148,7 @@ def run(capsys, *options):
         (["--kv-memory", "0"], "--kv-memory: must be a size above 0 such as 512MiB or 1.5GiB, got '0'"),
         (["--port", "70000"], "argument --port: must be from 0 to 65535, got '70000'"),
         (["--threads", "0"], "argument --threads: must be from 1 to 4096, got '0'"),
+        (["--store-codec", "zip"], "argument --store-codec: invalid choice: 'zip'"),
         (["--max-running", "0"], "max_running must be at least 1, got 0"),
         (["--secret-file", "/no/such/file"], "No such file or directory: '/no/such/file'"),
         (["--secret-file", "/dev/null"], "--secret-file /dev/null is empty"),
