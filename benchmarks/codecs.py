@@ -1,12 +1,15 @@
 """What a KV codec costs: bytes, perplexity and time.
 
-    python -m benchmarks.codecs [--model PATH] [--windows 16] [--threads 1] [--device cpu]
+    python -m benchmarks.codecs [--model PATH] [--windows 16] [--threads 1] [--device cpu] [--formats]
 
 Perplexity over passages of `pydoc_data.topics` (what Python's help() prints; the text depends a little on the
 version of Python). Each block of KV goes through the codec and back as soon as it is full: a token sees the
 codec's values of every block before its own chunk, and its KV is computed from them. That is more than a
 worker does to a prefix, which it loads and then continues exactly. `change` is against codec none, with the
 standard error of the difference; `agree` is the share of positions whose likeliest token is the same.
+
+`--formats` adds what the codecs could have been: int8 with scales in fp32, K8V4 with a step and low for a
+whole head or a quarter of one. `bytes` are those of bf16 with heads of the model's size.
 
 Encode and decode: bytes of pages a second, pages to payloads on the same device and back, in the model's own
 shape on the CPU with `--threads`; `none` is the plain copy that the others are to be compared with. With
@@ -22,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -29,7 +33,7 @@ import torch
 from tokenizers import Tokenizer
 
 from kernels.kv_codec import decode, encode
-from kernels.kv_payload import Codec, KVShape
+from kernels.kv_payload import LEAST_SCALE, Codec, KVShape
 from services.worker.load import LoadedModel, load_model
 from tests.launch.started import DEMO_MODEL
 from tests.worker.driver import Driver
@@ -37,6 +41,12 @@ from tests.worker.driver import Driver
 WINDOW = 512  # tokens of a passage
 CHUNK = 64  # of them computed at once; then their blocks go through the codec
 BLOCK_SIZE = 16
+
+#: Numbers [..., dim] as they are after a codec.
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+#: Changes the blocks in some pages of a KV cache as a codec would.
+Travel = Callable[[torch.Tensor, list[int]], None]
 
 #: Blocks that are encoded and decoded at once.
 BLOCKS = 16
@@ -71,8 +81,8 @@ def passages(model: LoadedModel, windows: int) -> list[list[int]]:
     return [tokens[start : start + WINDOW] for start in starts]
 
 
-def quality(model: LoadedModel, texts: Sequence[Sequence[int]], codec: Codec) -> Quality:
-    """The model on `texts`, all at once, with KV that went through `codec`."""
+def quality(model: LoadedModel, texts: Sequence[Sequence[int]], travel: Travel) -> Quality:
+    """The model on `texts`, all at once, with KV that `travel` changed in its pages."""
     driver = Driver(model, pages=len(texts) * WINDOW // BLOCK_SIZE, block_size=BLOCK_SIZE, slots=len(texts))
     losses, best = [], []
     for start in range(0, WINDOW, CHUNK):
@@ -82,11 +92,44 @@ def quality(model: LoadedModel, texts: Sequence[Sequence[int]], codec: Codec) ->
             predicted = predicted[: len(targets)].float()
             losses.append(torch.nn.functional.cross_entropy(predicted, targets, reduction="none").cpu())
             best.append(predicted.argmax(-1).cpu())
-        if codec is not Codec.NONE:
-            full = slice(start // BLOCK_SIZE, (start + CHUNK) // BLOCK_SIZE)
-            pages = [page for i in range(len(texts)) for page in driver.pages(i)[full]]
-            decode(encode(driver.kv.storage, pages, codec), driver.kv.storage, pages, codec)
+        full = slice(start // BLOCK_SIZE, (start + CHUNK) // BLOCK_SIZE)
+        travel(driver.kv.storage, [page for i in range(len(texts)) for page in driver.pages(i)[full]])
     return Quality(torch.cat(losses), torch.cat(best))
+
+
+def through(codec: Codec) -> Travel:
+    """Blocks through a codec and back."""
+
+    def travel(storage: torch.Tensor, pages: list[int]) -> None:
+        decode(encode(storage, pages, codec), storage, pages, codec)
+
+    return travel
+
+
+def int8_with_fp32_scales(x: torch.Tensor) -> torch.Tensor:
+    """x [..., dim] as int8 and back."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(LEAST_SCALE) / 127
+    return (x / scale).round() * scale
+
+
+def four_bits(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """x [..., dim] as four bits and back, step and low for each of `groups` parts of a head."""
+    parts = x.unflatten(-1, (groups, -1))
+    low = parts.amin(-1, keepdim=True).bfloat16().float()
+    step = ((parts.amax(-1, keepdim=True) - low) / 15).clamp_min(LEAST_SCALE).bfloat16().float()
+    codes = ((parts - low) / step).round().clamp(0, 15)
+    restored: torch.Tensor = (codes * step + low).flatten(-2)
+    return restored
+
+
+def in_place(keys: Change, values: Change) -> Travel:
+    """Blocks whose K and V are changed so."""
+
+    def travel(storage: torch.Tensor, pages: list[int]) -> None:
+        for kv, change in enumerate((keys, values)):
+            storage[:, kv, pages] = change(storage[:, kv, pages].float()).to(storage.dtype)
+
+    return travel
 
 
 def rates(storage: torch.Tensor, codec: Codec, repeats: int) -> tuple[float, float]:
@@ -133,16 +176,30 @@ def print_rates(name: str, shape: KVShape, device: str, blocks: int, repeats: in
         )
 
 
-def print_quality(model: LoadedModel, windows: int) -> None:
+def print_quality(model: LoadedModel, windows: int, formats: bool) -> None:
     texts = passages(model, windows)
-    exact = quality(model, texts, Codec.NONE)
-    print(f"{model.name}, {len(exact.losses)} tokens of pydoc_data.topics")
-    print(f"{'codec':6} {'perplexity':>10} {'change':>8} {'+-':>7} {'agree':>7}")
-    for codec in Codec:
-        found = exact if codec is Codec.NONE else quality(model, texts, codec)
+    spec = model.spec
+    shape = KVShape(spec.layers, spec.kv_heads, BLOCK_SIZE, spec.head_dim, torch.bfloat16)
+    whole = shape.payload_bytes(Codec.NONE)
+    rows = {str(codec): (shape.payload_bytes(codec) / whole, through(codec)) for codec in Codec}
+    if formats:
+        dim = spec.head_dim
+        int8 = in_place(int8_with_fp32_scales, int8_with_fp32_scales)
+        rows["int8, fp32 scales"] = (dim + 4) / (2 * dim), int8
+        for groups, part in ((1, "whole"), (2, "half"), (4, "quarter")):
+            size = (dim + 2 + dim // 2 + 4 * groups) / (4 * dim)
+            values = partial(four_bits, groups=groups)
+            rows[f"k8v4, {part} head"] = size, in_place(int8_with_fp32_scales, values)
+    print(f"{model.name}, {windows} passages of {WINDOW} tokens of pydoc_data.topics")
+    print(f"{'codec':18} {'bytes':>6} {'perplexity':>10} {'change':>8} {'+-':>7} {'agree':>7}")
+    exact: Quality | None = None
+    for name, (size, travel) in rows.items():
+        found = quality(model, texts, travel)
+        exact = exact or found
         change, error = found.change(exact)
+        agreement = found.agreement(exact)
         print(
-            f"{codec:6} {found.perplexity:10.4f} {change:+8.3%} {error:7.3%} {found.agreement(exact):7.2%}",
+            f"{name:18} {size:6.1%} {found.perplexity:10.4f} {change:+8.3%} {error:7.3%} {agreement:7.2%}",
             flush=True,
         )
 
@@ -156,11 +213,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="for encode and decode (%(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="of encode and decode (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--formats", action="store_true", help="compare formats that were not chosen too")
     options = parser.parse_args()
     if options.windows < 1:
         parser.error(f"--windows must be at least 1, got {options.windows}")
     model = load_model(options.model, device=options.device)
-    print_quality(model, options.windows)
+    print_quality(model, options.windows, options.formats)
     torch.set_num_threads(options.threads)
     spec = model.spec
     for dtype in (torch.float32, torch.bfloat16):

@@ -15,8 +15,10 @@ A payload holds one block, layer after layer, so that any run of layers is one c
 Parameters are one for each token and head, so that no token changes another's values. They are bf16, at the
 two bytes of fp16 with the range of fp32: pages in bf16 hold more than fp16's scales could say. Eight bits of
 mantissa cost nothing, because codes are made with the rounded parameters: a scale to the nearest bf16 leaves
-the largest element a quarter of a step off, lows are rounded down. Four bits need the halves: with one step
-and low for a whole head of 64, perplexity rose by 0.40 % and not 0.14 % (SmolLM2-135M), for 4 % fewer bytes.
+the largest element a quarter of a step off, lows are rounded down. int8 with scales in fp32 is 3 % larger and
+no better. Four bits have a step and low for each half of a head, for 4 % more bytes than with one: at a head
+of 64, where halves cost 0.15 % of perplexity and the whole 0.22 % (± 0.09), it hardly matters, but the half
+of the more usual 128 is what was measured there (`python -m benchmarks.codecs --formats`, SmolLM2-135M).
 
 A token and head (half a head) that held NaN or infinity has NaN for its parameter: `are_finite` finds it.
 Encoders make no e4m3 NaN.

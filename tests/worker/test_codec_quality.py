@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.codecs import Quality, passages, quality
+from benchmarks.codecs import Quality, passages, quality, through
 from kernels.kv_payload import Codec
 from services.worker.load import LoadedModel
 
@@ -16,7 +16,7 @@ def texts(demo_model: LoadedModel) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def exact(demo_model: LoadedModel, texts: list[list[int]]) -> Quality:
-    return quality(demo_model, texts, Codec.NONE)
+    return quality(demo_model, texts, through(Codec.NONE))
 
 
 @pytest.mark.slow
@@ -32,7 +32,7 @@ def test_perplexity_survives_the_codec(
     most_change: float,
     least_agreement: float,
 ) -> None:
-    found = quality(demo_model, texts, codec)
+    found = quality(demo_model, texts, through(codec))
     change, _ = found.change(exact)
     assert -most_change < change <= most_change
     assert found.agreement(exact) >= least_agreement
