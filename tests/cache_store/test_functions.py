@@ -9,6 +9,7 @@ from redis import Redis
 
 from services.cache_store.functions import (
     MAX_BLOCKS,
+    PINNED,
     ROOT,
     SOURCE,
     NewBlock,
@@ -320,7 +321,9 @@ def test_all_that_the_functions_touch_is_declared_and_in_one_cluster_slot(store:
     assert all(b":{s0}:" in key for key in touched)
 
 
-@pytest.mark.parametrize("key", ["blocks", "leaves", "writing", "retained", "expiring", "bytes", "dropped"])
+@pytest.mark.parametrize(
+    "key", ["blocks", "leaves", "writing", "retained", "expiring", "bytes", "dropped", "owned"]
+)
 def test_a_store_that_loses_one_of_its_keys_goes_on_at_worst_from_empty(store: Store, key: str) -> None:
     identity = store.calls.attach(None)
     for i in range(8):
@@ -363,7 +366,10 @@ def test_peek_and_lookup_of_nothing_are_nothing(store: Store) -> None:
     ("call", "message"),
     [
         (lambda calls: calls.peek([bytes(16)] * (MAX_BLOCKS + 1)), "at most 1024 blocks in a call, got 1025"),
-        (lambda calls: calls.retain([bytes(16)], ALICE, 101, None), "priority must be 0 to 100, got 101"),
+        (lambda calls: calls.retain([bytes(16)], ALICE, 102, None), "priority must be 0 to 100, got 102"),
+        (lambda calls: calls.retain([bytes(16)], ALICE, PINNED, None), "a pinned block needs a time to live"),
+        (lambda calls: calls.govern(ALICE, quota=-1), "quota must be 0 bytes or more, .* got -1"),
+        (lambda calls: calls.govern(ALICE, quota=5, floor=6), "a floor at most the quota, got 6"),
         (lambda calls: calls.configure(0), "capacity must be positive, got 0"),
         (lambda calls: NewBlock(bytes(16), ROOT, 1 << 32, ALICE), "size must be 1 to 4294967295 bytes, got"),
         (lambda calls: NewBlock(bytes(16), ROOT, 1, ALICE, priority=-1), "priority must be 0 to 100, got -1"),

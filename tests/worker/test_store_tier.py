@@ -12,7 +12,7 @@ import torch
 from redis import Redis
 
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
-from services.cache_store.functions import StoreFunctions
+from services.cache_store.functions import LAYOUT, StoreFunctions
 from services.worker.store_tier import RedisStoreTier, StoreTierConfig
 from services.worker.tiers import Load, LoadResult, OfferedBlock
 from tests.cache_store.harness import chain
@@ -187,7 +187,7 @@ def test_a_flipped_byte_ends_the_run_before_it_and_is_counted(
     hashes = chain("a", 8)
     blocks = offers(hashes)
     store_all(tier, blocks)
-    key = min((key for key in redis.keys("reprise1:{p0}:*") if hashes[5] in key), key=len)
+    key = min((key for key in redis.keys(f"reprise{LAYOUT}:{{p0}}:*") if hashes[5] in key), key=len)
     redis.setrange(key, 5000, bytes([redis.getrange(key, 5000, 5000)[0] ^ 1]))
     result = result_of(tier.start_load(hashes, costs(8), "t"))
     assert len(result.blocks) == 5
