@@ -33,7 +33,7 @@ local GHOST_STEP, GHOST_BYTES = 64, 8
 local GHOST_LIFE, GHOSTS_PER_BLOCK, GHOSTS_AT_LEAST = 1800000, 1, 20000
 local MAX_DEATHS = 128 -- of ghosts in a call; more than a call can make
 local WEIGHTS_LIFE = 600000 -- after which nobody has learned for so long that plain priorities are better
-local FLOOR_PAUSE = 1000 -- ms until a leaf that its owner's floor protects is looked at again
+local PAUSE = 1000 -- ms until a leaf that its owner's floor protects is looked at again
 local MAX_RETENTIONS = 8 -- a block; the weakest is forgotten
 local MAX_VICTIMS = 64 -- a call: about 1 ms of the server's only thread
 local MAX_EXAMINED = 1024 -- heads of the queue looked at in a call, protected ones included
@@ -290,14 +290,14 @@ local function weights_of(store)
   return store.weights
 end
 
--- The head to lose first among those that may go for a block of `max_priority`.
-local function least(store, heads, max_priority)
+-- The head to lose first among those that may go for a block of `max_priority` and are to be looked at by `time`.
+local function least(store, heads, max_priority, time)
   local weights = weights_of(store)
   local best, best_worth
   for group, head in pairs(heads) do
     local priority = math.floor(group / CLASSES)
     local allowed = priority <= max_priority or weights and priority < PINNED
-    if allowed and head.time <= store.now then
+    if allowed and head.time <= time then
       local worth = priority
       if priority == PINNED then
         worth = math.huge
@@ -347,9 +347,9 @@ local function remove(store, id)
   enqueue_if_leaf(store, record.parent, parent)
 end
 
--- Whether the leaf at a head went; else it waits until it may be looked at again. Its owner's floor is no
--- matter when the owner itself needs the room.
-local function evict(store, head, owner)
+-- Whether the leaf at a head went; else it waits until after `time`, when it may be looked at again. Its owner's
+-- floor is no matter when the owner itself needs the room.
+local function evict(store, head, owner, time)
   local id, record = head.id, get(store, head.id)
   if not record then -- see begin_anew_unless_books_add_up
     redis.call('ZREM', store.leaves, id)
@@ -358,12 +358,12 @@ local function evict(store, head, owner)
     return false
   end
   if record.lease > store.now then
-    enqueue(store, id, record, record.lease)
+    enqueue(store, id, record, math.max(record.lease, time + 1))
     return false
   end
   local floor = record.owner ~= owner and limit_of(store, 'floor', record.owner)
   if floor and used(store, record.owner) - record.size < floor then
-    enqueue(store, id, record, store.now + FLOOR_PAUSE)
+    enqueue(store, id, record, store.now + PAUSE)
     return false
   end
   store.victims = store.victims + 1
@@ -376,21 +376,21 @@ end
 local function evict_one(store, max_priority, owner)
   while store.examined < MAX_EXAMINED do
     store.examined = store.examined + 1
-    local head = least(store, heads_of(store), max_priority)
+    local head = least(store, heads_of(store), max_priority, store.now)
     if not head then return false end
-    if evict(store, head, owner) then return true end
+    if evict(store, head, owner, store.now) then return true end
   end
   return false
 end
 
--- The same among the owner's own leaves, for it has reached its quota.
+-- The same among the owner's own leaves, for it has reached its quota: those too that wait because of its floor.
 local function evict_own(store, max_priority, owner)
   while store.examined < MAX_EXAMINED do
     store.examined = store.examined + 1
     local heads = all_heads(function(score) return first_of_owner_from(store, owner, score) end)
-    local head = least(store, heads, max_priority)
+    local head = least(store, heads, max_priority, store.now + PAUSE)
     if not head then return false end
-    if evict(store, head, owner) then return true end
+    if evict(store, head, owner, store.now + PAUSE) then return true end
   end
   return false
 end

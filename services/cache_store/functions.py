@@ -272,10 +272,6 @@ class StoreFunctions:
         counts, (version, history) = pipeline.execute()
         return Learning(int(version or 0), history or b"", {e: int(n) for e, n in counts.items()})
 
-    def lookups_since_learned(self) -> int:
-        """Lookups that nobody has learned from yet."""
-        return int(self.redis.hget(self.key["events"], "n") or 0)
-
     def learn(self, learning: Learning, history: bytes, weights: bytes) -> bool:
         """Make `weights` the ones to evict by, for ten minutes. False if somebody else has learned since
         `learning`: then nothing has changed."""

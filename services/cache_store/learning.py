@@ -5,14 +5,13 @@ Whoever calls `learn` first does it for all: events are folded once, whatever cr
 
 from __future__ import annotations
 
-from services.cache_store.functions import StoreFunctions
+from services.cache_store.functions import Learning, StoreFunctions
 from services.cache_store.worth import History
 
 
-def learn(functions: StoreFunctions) -> bool:
-    """Fold the events since the last time into new weights. False if somebody else was faster. Raises what
-    redis-py raises."""
-    learning = functions.events()
+def learn(functions: StoreFunctions, learning: Learning) -> bool:
+    """Fold what has happened, `functions.events()`, into new weights. False if somebody else was faster.
+    Raises what redis-py raises."""
     history = History.from_bytes(learning.history)
     weights = history.fold(learning.events())
     return functions.learn(learning, history.to_bytes(), weights.to_bytes())

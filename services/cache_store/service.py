@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 HIGH_WATERMARK = 0.85
 LOW_WATERMARK = 0.80
 
-#: Learn after so many lookups, and so often at least, for weights are good for ten minutes only.
+#: Learn after so many lookups. Then so often at least, for weights are good for ten minutes only; before,
+#: plain priorities are better than weights that nothing speaks for.
 LEARN_EVERY = 200
 LEARN_EVERY_S = 60.0
 
@@ -93,8 +94,10 @@ class Upkeep(Collector):
     def _learn(self) -> None:
         """Bring the policy's weights up to date. Of several services the first to come does it."""
         now_s = time.monotonic()
-        if now_s - self._learned_s >= LEARN_EVERY_S or self._functions.lookups_since_learned() >= LEARN_EVERY:
-            learn(self._functions)
+        learning = self._functions.events()
+        overdue = learning.version > 0 and now_s - self._learned_s >= LEARN_EVERY_S
+        if overdue or learning.lookups >= LEARN_EVERY:
+            learn(self._functions, learning)
             self._learned_s = now_s
 
     def _check_memory_settings(self) -> None:

@@ -43,9 +43,9 @@ GHOSTS_AT_LEAST = 20_000
 #: Events fade by 1 % every 200 lookups: half of them after 13,800.
 FADE_A_LOOKUP = 0.99 ** (1 / 200)
 
-#: The prior weighs as much as so many events of a minute each. Strong: with a weak one rare classes are
-#: judged by chance (`benchmarks/eviction.py --sensitivity` has the figures).
-PRIOR_EVENTS = 400
+#: The prior weighs as much as so many events of a minute each. With less, rare classes are judged by chance;
+#: from 50 to 1,000 it makes a difference of 1 to 2 % (`benchmarks/eviction.py --sensitivity`).
+PRIOR_EVENTS = 200
 _PRIOR_SECONDS = 60.0 * PRIOR_EVENTS
 
 

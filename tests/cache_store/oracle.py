@@ -21,7 +21,7 @@ from services.wire.messages import DEFAULT_PRIORITY, MAX_PRIORITY
 WRITING, READY, LOST = 0, 1, 2
 MAX_RETENTIONS = 8
 NEVER = 2**48 - 1
-WEIGHTS_LIFE, FLOOR_PAUSE = 600_000, 1000
+WEIGHTS_LIFE, PAUSE = 600_000, 1000
 
 
 @dataclass
@@ -124,12 +124,13 @@ class Oracle:
         reached its quota: of the oldest of each group the one worth least. One that may not go yet waits."""
         if self.learned():
             max_priority = MAX_PRIORITY
+        until = self.now + (PAUSE if own else 0)
         while True:
             heads: dict[tuple[int, int], Block] = {}
             for block in sorted(self.blocks.values(), key=lambda block: (block.queued, block.hash)):
                 if (
                     self.is_leaf(block)
-                    and block.queued <= self.now
+                    and block.queued <= until
                     and self.priority(block) <= max_priority
                     and (not own or block.owner == needs)
                 ):
@@ -139,9 +140,9 @@ class Oracle:
             least = min(heads.values(), key=lambda block: (self.worth(block), block.queued, block.hash))
             protected = least.owner != needs and least.owner in self.floors
             if least.lease > self.now:
-                least.look_again = least.lease
+                least.look_again = max(least.lease, until + 1)
             elif protected and self.used(least.owner) - least.size < self.floors[least.owner]:
-                least.look_again = self.now + FLOOR_PAUSE
+                least.look_again = self.now + PAUSE
             else:
                 return least
 
@@ -268,7 +269,7 @@ class Oracle:
             known = self.blocks[new.hash] = Block(new.hash, new.parent, new.owner)
         known.state, known.owner, known.fence = WRITING, new.owner, fence
         known.deadline, known.lease, known.readers = self.now + life_ms, 0, 0
-        quota = self.quotas.get(new.owner, self.capacity)
+        quota = self.quotas.get(new.owner, math.inf)
         while (over := self.used(new.owner) + new.size > quota) or self.total() + new.size > self.capacity:
             victim = self.victim(new.priority, new.owner, own=over)
             if victim is None:
