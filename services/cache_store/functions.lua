@@ -206,8 +206,8 @@ end
 -- ---- the eviction queue ----------------------------------------------------------------------------
 -- `leaves` has one queue after the other, a group's at group * STEP. A group is (effective priority, class);
 -- within it the least recently used leaf is the head. The victim is the head of least density for its age. A
--- store that nobody has learned for goes by (effective priority, last use) instead. Only pinned blocks are no
--- matter of worth: nothing but another pinned block pushes them out.
+-- store that nobody has learned for goes by (effective priority, last use) instead. Pinned blocks are no matter of
+-- worth: they stay.
 --
 -- A leaf that may not go yet waits in its queue until it may: then its time there is not its last use, but when
 -- to look at it again. `owned` has the same order owner by owner: owner, score and id as one string.
@@ -299,9 +299,7 @@ local function least(store, heads, max_priority, time)
     local allowed = priority <= max_priority or weights and priority < PINNED
     if allowed and head.time <= time then
       local worth = priority
-      if priority == PINNED then
-        worth = math.huge
-      elseif weights then
+      if weights then
         local at = (group % CLASSES * AGES + age_bucket(store.now - head.time)) * 8 + 1
         worth = struct.unpack('>d', weights, at)
       end

@@ -60,7 +60,7 @@ OWNER_BYTES = 8
 #: Hashes in one call at most: Lua unpacks them onto its stack, and the server does nothing else meanwhile.
 MAX_BLOCKS = 1024
 MAX_BLOCK_BYTES = 2**32 - 1
-#: A priority that no request can ask for: such a block leaves only for another pinned one. For `retain`,
+#: A priority that no request can ask for: such a block is not evicted, nor what it continues. For `retain`,
 #: with a time to live.
 PINNED = MAX_PRIORITY + 1
 _NEVER_MS = 2**48 - 1

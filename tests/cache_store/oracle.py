@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from services.cache_store.functions import PINNED, ROOT, NewBlock, Reserved
+from services.cache_store.functions import ROOT, NewBlock, Reserved
 from services.cache_store.worth import (
     AGES,
     GHOST_LIFE_MS,
@@ -111,8 +111,6 @@ class Oracle:
         return self.priority(block), value_class(self.tier(block), block.uses)
 
     def worth(self, block: Block) -> float:
-        if self.priority(block) == PINNED:
-            return math.inf
         if not self.learned():
             return self.priority(block)
         assert self.weights is not None
