@@ -40,7 +40,7 @@ from benchmarks.eviction_policies import (
     replay,
 )
 from benchmarks.eviction_workloads import GENERATORS, Request, hints, read_trace, unique_blocks
-from services.cache_store import worth
+from services.cache_store import eviction, worth
 from services.cache_store.embedded import embedded_server, start_redis
 from services.cache_store.functions import (
     MAX_BLOCKS,
@@ -124,6 +124,7 @@ def sweep(
         ("S3-FIFO", S3Fifo, none),
         ("ours, no hints", Ours, none),
         *((f"ours, hints {right:.0%} right", Ours, said[right]) for right in RIGHT),
+        ("ours, right, then all wrong", Ours, [turned(said[1.0][0])]),
         *((f"static, hints {right:.0%} right", StaticPriorities, said[right]) for right in RIGHT),
     ]
     rows: list[Row] = []
@@ -136,6 +137,12 @@ def sweep(
         print(f"{name:28}" + "".join(shown), flush=True)
         rows.append((name, hits))
     return rows
+
+
+def turned(right: Sequence[bool]) -> list[bool]:
+    """Hints that are believed when from half time on they are all wrong."""
+    half = len(right) // 2
+    return [*right[:half], *(not hint for hint in right[half:])]
 
 
 def _relative(hits: Sequence[float], base: Sequence[float]) -> list[str]:
@@ -280,16 +287,16 @@ def _server(url: str) -> Iterator[Redis]:
 # ---- parameters ------------------------------------------------------------------------------------------
 
 _SENSITIVITY_CAPACITIES = (1.0, 5.0, 20.0)
-_PRIORS = (50, 200, 400, 1000)
+#: Weight of the prior in events, ghosts a stored block. The second is what ships.
+_SETTINGS = ((50, 1), (200, 1), (400, 1), (1000, 1), (200, 4))
 
 
 def sensitivity(workloads: dict[str, Sequence[Request]]) -> None:
-    """Gain over LRU by weight of the prior, mean and worst, and what a workload gets from the weight that the
-    others would choose: the best mean of those that never lose more than 1 %."""
-    gains: dict[str, dict[int, list[float]]] = {}
-    print(
-        f"\n{'no hints, 80 % right, 50 % right':34}" + "".join(f"{f'prior {prior}':>18}" for prior in _PRIORS)
-    )
+    """Gain over LRU by weight of the prior and number of ghosts, mean and worst, and what a workload gets
+    from the setting that the others would choose: the best mean of those that never lose more than 1 %."""
+    gains: dict[str, dict[tuple[int, int], list[float]]] = {}
+    heads = "".join(f"{f'prior {prior}, ghosts {ghosts}':>20}" for prior, ghosts in _SETTINGS)
+    print(f"\n{'no hints, 80 % right, 50 % right':34}{heads}")
     for path, requests in workloads.items():
         name = Path(path).stem
         unique = unique_blocks(requests)
@@ -297,26 +304,31 @@ def sensitivity(workloads: dict[str, Sequence[Request]]) -> None:
         base = [replay(LeafFirst(capacity), requests, None) for capacity in capacities]
         said = [None, hints(requests, 0.8, 1), hints(requests, 0.5, 1)]
         gains[name] = {}
-        for prior in _PRIORS:
-            with patch.object(worth, "_PRIOR_SECONDS", 60.0 * prior):
-                gains[name][prior] = [
+        for setting in _SETTINGS:
+            prior, ghosts = setting
+            with (
+                patch.object(worth, "_PRIOR_SECONDS", 60.0 * prior),
+                patch.object(eviction, "GHOSTS_PER_BLOCK", ghosts),
+            ):
+                gains[name][setting] = [
                     replay(Ours(capacity), requests, hinted) / lru - 1
                     for capacity, lru in zip(capacities, base, strict=True)
                     for hinted in said
                 ]
-        print(f"{name:34}" + "".join(_mean_and_worst(gains[name][prior]) for prior in _PRIORS), flush=True)
+        print(f"{name:34}" + "".join(map(_mean_and_worst, gains[name].values())), flush=True)
     for name, own in gains.items():
-        others = {
-            prior: [gain for other in gains if other != name for gain in gains[other][prior]]
-            for prior in _PRIORS
-        }
-        safe = [prior for prior in _PRIORS if min(others[prior]) >= -0.01] or list(_PRIORS)
-        chosen = max(safe, key=lambda prior: statistics.mean(others[prior]))
-        print(f"{name:26} left out, the others choose {chosen:5}:{_mean_and_worst(own[chosen])}")
+        rest = [gain for other, gain in gains.items() if other != name]
+        others = {setting: [value for gain in rest for value in gain[setting]] for setting in _SETTINGS}
+        safe = [setting for setting in _SETTINGS if min(others[setting]) >= -0.01] or list(_SETTINGS)
+        chosen = max(safe, key=lambda setting: statistics.mean(others[setting]))
+        print(
+            f"{name:26} left out, the others choose prior {chosen[0]}, ghosts {chosen[1]}: "
+            + _mean_and_worst(own[chosen]).strip()
+        )
 
 
 def _mean_and_worst(gains: Sequence[float]) -> str:
-    return f"{statistics.mean(gains):+9.1%} ({min(gains):+.1%})".rjust(18)
+    return f"{statistics.mean(gains):+9.1%} ({min(gains):+.1%})".rjust(20)
 
 
 def _parser() -> argparse.ArgumentParser:

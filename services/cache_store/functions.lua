@@ -97,7 +97,9 @@ end
 -- `quota` or `floor` of an owner in bytes, nil if it has none.
 local function limit_of(store, what, owner)
   local key = what .. ':' .. owner
-  if store.limits[key] == nil then store.limits[key] = tonumber(redis.call('HGET', store.config, key)) or false end
+  if store.limits[key] == nil then
+    store.limits[key] = tonumber(redis.call('HGET', store.config, key)) or false
+  end
   return store.limits[key] or nil
 end
 
@@ -113,8 +115,8 @@ local function close(store)
     local r = store.records[id]
     if r then
       put[#put + 1] = id
-      put[#put + 1] = struct.pack(RECORD, r.state, r.tier * 16 + r.uses, r.last, r.priority, r.held, r.retained,
-        r.readers, r.children, r.size, r.lease, r.fence, r.owner, r.parent)
+      put[#put + 1] = struct.pack(RECORD, r.state, r.tier * 16 + r.uses, r.last, r.priority, r.held,
+        r.retained, r.readers, r.children, r.size, r.lease, r.fence, r.owner, r.parent)
     else
       delete[#delete + 1] = id
     end
@@ -138,8 +140,8 @@ end
 
 -- ---- what is learned ---------------------------------------------------------------------------------
 -- Every use of a block, and every ghost's death, is counted by class and age until the service folds the
--- counts into densities. A ghost is what stays of an evicted block: a part of its id, and in one score its last
--- use, tier and uses.
+-- counts into densities. A ghost is what stays of an evicted block: a part of its id, and in one score its
+-- last use, tier and uses.
 
 local function class_of(tier, uses)
   return tier * FREQUENCIES + math.min(uses, FREQUENCIES) - 1
@@ -190,8 +192,8 @@ end
 local function bury(store)
   local room = GHOSTS_PER_BLOCK * redis.call('HLEN', store.blocks) + GHOSTS_AT_LEAST
   local excess = math.min(redis.call('ZCARD', store.ghosts) - room, MAX_DEATHS)
-  local oldest = redis.call('ZRANGE', store.ghosts, 0, 0, 'WITHSCORES')
-  if excess <= 0 and (not oldest[1] or store.now - read_ghost(tonumber(oldest[2])) <= GHOST_LIFE) then return end
+  local oldest = redis.call('ZRANGE', store.ghosts, 0, 0, 'WITHSCORES')[2]
+  if not oldest or excess <= 0 and store.now - read_ghost(tonumber(oldest)) <= GHOST_LIFE then return end
   local dying = redis.call('ZRANGE', store.ghosts, 0, MAX_DEATHS - 1, 'WITHSCORES')
   local buried = 0
   for i = 1, #dying / 2 do
@@ -206,8 +208,8 @@ end
 -- ---- the eviction queue ----------------------------------------------------------------------------
 -- `leaves` has one queue after the other, a group's at group * STEP. A group is (effective priority, class);
 -- within it the least recently used leaf is the head. The victim is the head of least density for its age. A
--- store that nobody has learned for goes by (effective priority, last use) instead. Pinned blocks are no matter of
--- worth: they stay.
+-- store that nobody has learned for goes by (effective priority, last use) instead. Pinned blocks are no matter
+-- of worth: they stay.
 --
 -- A leaf that may not go yet waits in its queue until it may: then its time there is not its last use, but when
 -- to look at it again. `owned` has the same order owner by owner: owner, score and id as one string.
@@ -248,7 +250,8 @@ local function first_leaf_from(store, score)
 end
 
 local function first_of_owner_from(store, owner, score)
-  local found = redis.call('ZRANGEBYLEX', store.owned, '[' .. owned_prefix(owner, score), '+', 'LIMIT', 0, 1)[1]
+  local from = '[' .. owned_prefix(owner, score)
+  local found = redis.call('ZRANGEBYLEX', store.owned, from, '+', 'LIMIT', 0, 1)[1]
   if found and found:sub(1, 8) == owner then
     local there = struct.unpack('>I7', found, 9)
     return found:sub(16), there
@@ -290,7 +293,7 @@ local function weights_of(store)
   return store.weights
 end
 
--- The head to lose first among those that may go for a block of `max_priority` and are to be looked at by `time`.
+-- The head to lose first among those that may go for a block of `max_priority` and need not wait beyond `time`.
 local function least(store, heads, max_priority, time)
   local weights = weights_of(store)
   local best, best_worth
@@ -345,8 +348,8 @@ local function remove(store, id)
   enqueue_if_leaf(store, record.parent, parent)
 end
 
--- Whether the leaf at a head went; else it waits until after `time`, when it may be looked at again. Its owner's
--- floor is no matter when the owner itself needs the room.
+-- Whether the leaf at a head went; else it waits until after `time`, when it may be looked at again. Its
+-- owner's floor is no matter when the owner itself needs the room.
 local function evict(store, head, owner, time)
   local id, record = head.id, get(store, head.id)
   if not record then -- see begin_anew_unless_books_add_up
@@ -381,7 +384,7 @@ local function evict_one(store, max_priority, owner)
   return false
 end
 
--- The same among the owner's own leaves, for it has reached its quota: those too that wait because of its floor.
+-- The same among the owner's own leaves, for it has reached its quota: those too that wait for its floor.
 local function evict_own(store, max_priority, owner)
   while store.examined < MAX_EXAMINED do
     store.examined = store.examined + 1
