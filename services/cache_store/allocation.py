@@ -23,8 +23,9 @@ _VALUE_OVERHEAD_BYTES = 16
 #: 7.0 and Valkey 8.1 (benchmarks/store.py), by how full the dictionaries' tables are.
 _KEY_BYTES = 192
 
-#: Record, and an entry in the eviction queue if it is a leaf. Measured: 104 to 141 in chains of 64.
-_METADATA_BYTES = 224
+#: Record, entries in the eviction queues if it is a leaf: 145 to 150; a ghost for every stored block: 105;
+#: what a request asked for it, if it did: 110 (benchmarks/eviction.py --redis, on a real trace).
+_METADATA_BYTES = 384
 
 #: A frame is cut into as few values as waste no more than this share of it: each costs about 2 µs of server
 #: time a read.

@@ -7,27 +7,36 @@
 --   LOST     its payload is gone or was found bad while children are stored; a writer may write it again
 -- What always holds (tests/cache_store/test_functions_model.py):
 --   a record's parent is the root or has a record; `children` counts the records that name it as parent;
---   a block is in `leaves` if and only if it is READY and has no children; a LOST block has children;
---   the sum of sizes is `total`, and no reservation takes it beyond the capacity.
+--   a block is in `leaves`, and in `owned`, if and only if it is READY and has no children; a LOST block has
+--   children; the sum of sizes is `total`, and no reservation takes it or its owner beyond capacity and quota.
 --
--- Last uses travel upwards lazily: a lookup stamps only the deepest block it found, and a block that leaves
--- hands its stamp to its parent. So when a block becomes a leaf, its stamp is the last use of its whole former
--- subtree, and a lookup of 1,024 blocks writes one record. For the same reason a lease on the deepest block
--- protects all blocks before it: none of them can be a leaf while it is stored.
+-- A use of a block is a use of every block before it. A lookup stamps all that it found; what was used without
+-- those before it hands its stamp to its parent when it leaves. A lease on the deepest block protects all
+-- blocks before it: none of them can be a leaf while it is stored.
+--
+-- What is evicted: see the eviction queue below. Ages, classes and densities are those of `worth.py`.
 
 local WRITING, READY, LOST = 0, 1, 2
-local RECORD = '>BBBBHI4I4I6I6c7c8c16'
-local FENCE_START, FENCE_END = 27, 33 -- of `fence` inside a packed record
+local RECORD = '>BBI6BBBHHI4I6c7c8c16'
+local VALUE, LAST, REST, RETAINED = 2, 3, 9, 11 -- where parts of a packed record start
+local FENCE_START, FENCE_END = 26, 32
 local RETENTION, RETENTION_BYTES = '>c8BI6I6', 21
 local RESERVE_BLOCK, RETAIN_BLOCK = '>c16c16c8I4BI6', '>c16BI6'
 local ROOT = '\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0'
 local NO_FENCE = '\0\0\0\0\0\0\0'
 local NEVER = 281474976710655 -- 2^48 - 1 ms
-local PRIORITY_STEP = 4398046511104 -- 2^42 ms: a step of priority outweighs any last use until the year 2109
-local DEFAULT_PRIORITY, MAX_PRIORITY = 35, 100
+local STEP = 4398046511104 -- 2^42 ms: one group of leaves after the other, until the year 2109
+local DEFAULT_PRIORITY, HIGH_PRIORITY, MAX_PRIORITY, PINNED = 35, 70, 100, 101
+local FREQUENCIES, CLASSES, AGES, MAX_USES = 4, 16, 48, 15
+local SUPERSEDED = 128 -- added to a retention's priority: its owner has asked for something else since
+local GHOST_STEP, GHOST_BYTES = 64, 8
+local GHOST_LIFE, GHOSTS_PER_BLOCK, GHOSTS_AT_LEAST = 1800000, 1, 20000
+local MAX_DEATHS = 128 -- of ghosts in a call; more than a call can make
+local WEIGHTS_LIFE = 600000 -- after which nobody has learned for so long that plain priorities are better
+local PAUSE = 1000 -- ms until a leaf that its owner's floor protects is looked at again
 local MAX_RETENTIONS = 8 -- a block; the weakest is forgotten
 local MAX_VICTIMS = 64 -- a call: about 1 ms of the server's only thread
-local MAX_EXAMINED = 1024 -- heads of the queue looked at in a call, leased ones included
+local MAX_EXAMINED = 1024 -- heads of the queue looked at in a call, protected ones included
 local MAX_DUE = 64 -- overdue reservations and retentions settled by a call that is about to evict
 local MAX_LEASE_MS, MAX_RESERVATION_MS = 30000, 60000
 
@@ -38,18 +47,20 @@ local function open(keys)
   return {
     blocks = keys[1], leaves = keys[2], writing = keys[3], retained = keys[4], expiring = keys[5],
     bytes = keys[6], config = keys[7], dropped = keys[8], counts = keys[9],
+    owned = keys[10], ghosts = keys[11], events = keys[12], learned = keys[13],
     now = clock[1] * 1000 + math.floor(clock[2] / 1000),
-    records = {}, changed = {}, charges = {}, gone = {},
-    passed = {}, passed_count = 0, passed_score = 0, examined = 0, victims = 0,
+    records = {}, changed = {}, charges = {}, gone = {}, used = {}, limits = {}, happened = {},
+    examined = 0, victims = 0,
   }
 end
 
 local function unpack_record(packed)
-  local state, priority, held, retained, readers, children, size, last, lease, fence, owner, parent =
+  local state, value, last, priority, held, retained, readers, children, size, lease, fence, owner, parent =
     struct.unpack(RECORD, packed)
   return {
-    state = state, priority = priority, held = held, retained = retained, readers = readers,
-    children = children, size = size, last = last, lease = lease, fence = fence, owner = owner, parent = parent,
+    state = state, tier = math.floor(value / 16), uses = value % 16, last = last, priority = priority,
+    held = held, retained = retained, readers = readers, children = children, size = size, lease = lease,
+    fence = fence, owner = owner, parent = parent,
   }
 end
 
@@ -77,8 +88,24 @@ local function total(store)
   return store.total
 end
 
+-- Bytes of an owner.
+local function used(store, owner)
+  if not store.used[owner] then store.used[owner] = tonumber(redis.call('HGET', store.bytes, owner) or 0) end
+  return store.used[owner]
+end
+
+-- `quota` or `floor` of an owner in bytes, nil if it has none.
+local function limit_of(store, what, owner)
+  local key = what .. ':' .. owner
+  if store.limits[key] == nil then
+    store.limits[key] = tonumber(redis.call('HGET', store.config, key)) or false
+  end
+  return store.limits[key] or nil
+end
+
 local function charge(store, owner, bytes)
   store.total = total(store) + bytes
+  store.used[owner] = used(store, owner) + bytes
   store.charges[owner] = (store.charges[owner] or 0) + bytes
 end
 
@@ -88,8 +115,8 @@ local function close(store)
     local r = store.records[id]
     if r then
       put[#put + 1] = id
-      put[#put + 1] = struct.pack(RECORD, r.state, r.priority, r.held, r.retained, r.readers, r.children,
-        r.size, r.last, r.lease, r.fence, r.owner, r.parent)
+      put[#put + 1] = struct.pack(RECORD, r.state, r.tier * 16 + r.uses, r.last, r.priority, r.held,
+        r.retained, r.readers, r.children, r.size, r.lease, r.fence, r.owner, r.parent)
     else
       delete[#delete + 1] = id
     end
@@ -102,31 +129,190 @@ local function close(store)
       redis.call('HINCRBY', store.bytes, 'total', bytes)
     end
   end
+  for event, times in pairs(store.happened) do
+    redis.call('HINCRBY', store.events, event, times)
+  end
 end
 
 local function count(store, what, by)
   if by > 0 then redis.call('HINCRBY', store.counts, what, by) end
 end
 
--- ---- the eviction queue ----------------------------------------------------------------------------
--- `passed` are the heads of the queue that this call found and left alone. When one of them moves, or another
--- block sorts in among them, the count says nothing any more and the search starts at the head again.
+-- ---- what is learned ---------------------------------------------------------------------------------
+-- Every use of a block, and every ghost's death, is counted by class and age until the service folds the
+-- counts into densities. A ghost is what stays of an evicted block: a part of its id, and in one score its
+-- last use, tier and uses.
 
-local function pass_none(store)
-  store.passed, store.passed_count, store.passed_score = {}, 0, 0
+local function class_of(tier, uses)
+  return tier * FREQUENCIES + math.min(uses, FREQUENCIES) - 1
+end
+
+local function age_bucket(age)
+  local fraction, exponent = math.frexp(1 + math.max(0, age) / 1000)
+  return math.min(AGES - 1, (exponent - 1) * 4 + math.floor(fraction * 8 - 4))
+end
+
+local function happen(store, what, tier, uses, bucket, times)
+  local event = what .. string.char(class_of(tier, uses), bucket)
+  store.happened[event] = (store.happened[event] or 0) + times
+end
+
+local function use(store, record)
+  happen(store, 'h', record.tier, record.uses, age_bucket(store.now - record.last), 1)
+  record.uses = math.min(MAX_USES, record.uses + 1)
+  record.last = math.max(record.last, store.now)
+end
+
+local function read_ghost(score)
+  local value = score % GHOST_STEP
+  return math.floor(score / GHOST_STEP), math.floor(value / 16), value % 16
+end
+
+local function remember(store, id, record)
+  local score = record.last * GHOST_STEP + record.tier * 16 + record.uses
+  redis.call('ZADD', store.ghosts, score, id:sub(1, GHOST_BYTES))
+end
+
+-- Uses before its eviction of a block that comes back.
+local function remembered(store, id)
+  local score = tonumber(redis.call('ZSCORE', store.ghosts, id:sub(1, GHOST_BYTES)))
+  if not score then return 0 end
+  redis.call('ZREM', store.ghosts, id:sub(1, GHOST_BYTES))
+  local last, tier, uses = read_ghost(score)
+  local age = store.now - last
+  if age > GHOST_LIFE then
+    happen(store, 'd', tier, uses, age_bucket(age), 1)
+    return 0
+  end
+  happen(store, 'h', tier, uses, age_bucket(age), 1)
+  return math.min(MAX_USES - 1, uses)
+end
+
+-- Ghosts that are too old, or too many, die: their blocks were not used again.
+local function bury(store)
+  local room = GHOSTS_PER_BLOCK * redis.call('HLEN', store.blocks) + GHOSTS_AT_LEAST
+  local excess = math.min(redis.call('ZCARD', store.ghosts) - room, MAX_DEATHS)
+  local oldest = redis.call('ZRANGE', store.ghosts, 0, 0, 'WITHSCORES')[2]
+  if not oldest or excess <= 0 and store.now - read_ghost(tonumber(oldest)) <= GHOST_LIFE then return end
+  local dying = redis.call('ZRANGE', store.ghosts, 0, MAX_DEATHS - 1, 'WITHSCORES')
+  local buried = 0
+  for i = 1, #dying / 2 do
+    local last, tier, uses = read_ghost(tonumber(dying[2 * i]))
+    if i > excess and store.now - last <= GHOST_LIFE then break end
+    happen(store, 'd', tier, uses, age_bucket(store.now - last), 1)
+    buried = i
+  end
+  if buried > 0 then redis.call('ZREMRANGEBYRANK', store.ghosts, 0, buried - 1) end
+end
+
+-- ---- the eviction queue ----------------------------------------------------------------------------
+-- `leaves` has one queue after the other, a group's at group * STEP. A group is (effective priority, class);
+-- within it the least recently used leaf is the head. The victim is the head of least density for its age. A
+-- store that nobody has learned for goes by (effective priority, last use) instead. Pinned blocks are no matter
+-- of worth: they stay.
+--
+-- A leaf that may not go yet waits in its queue until it may: then its time there is not its last use, but when
+-- to look at it again. `owned` has the same order owner by owner: owner, score and id as one string.
+
+local function owned_prefix(owner, score)
+  return owner .. struct.pack('>I7', score)
+end
+
+local function took_place(store, score)
+  if store.heads then store.heads[math.floor(score / STEP)] = nil end
+  if store.stale then store.stale[math.floor(score / STEP)] = true end
+end
+
+local function dequeue(store, id, owner)
+  local score = tonumber(redis.call('ZSCORE', store.leaves, id))
+  if not score then return end
+  redis.call('ZREM', store.leaves, id)
+  redis.call('ZREM', store.owned, owned_prefix(owner, score) .. id)
+  took_place(store, score)
+end
+
+local function enqueue(store, id, record, time)
+  dequeue(store, id, record.owner)
+  local group = record.priority * CLASSES + class_of(record.tier, record.uses)
+  local score = group * STEP + time
+  redis.call('ZADD', store.leaves, score, id)
+  redis.call('ZADD', store.owned, 0, owned_prefix(record.owner, score) .. id)
+  took_place(store, score)
 end
 
 local function enqueue_if_leaf(store, id, record)
-  if record.state == READY and record.children == 0 then
-    local score = record.priority * PRIORITY_STEP + record.last
-    redis.call('ZADD', store.leaves, score, id)
-    if score <= store.passed_score or store.passed[id] then pass_none(store) end
+  if record.state == READY and record.children == 0 then enqueue(store, id, record, record.last) end
+end
+
+local function first_leaf_from(store, score)
+  local found = redis.call('ZRANGEBYSCORE', store.leaves, score, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+  if found[1] then return found[1], tonumber(found[2]) end
+end
+
+local function first_of_owner_from(store, owner, score)
+  local from = '[' .. owned_prefix(owner, score)
+  local found = redis.call('ZRANGEBYLEX', store.owned, from, '+', 'LIMIT', 0, 1)[1]
+  if found and found:sub(1, 8) == owner then
+    local there = struct.unpack('>I7', found, 9)
+    return found:sub(16), there
   end
 end
 
-local function dequeue(store, id)
-  redis.call('ZREM', store.leaves, id)
-  if store.passed[id] then pass_none(store) end
+local function all_heads(from)
+  local heads, score = {}, 0
+  while true do
+    local id, found = from(score)
+    if not id then return heads end
+    local group = math.floor(found / STEP)
+    heads[group] = {id = id, score = found, time = found - group * STEP}
+    score = (group + 1) * STEP
+  end
+end
+
+-- Heads of all groups by group; looked up once a call, and then where something has changed.
+local function heads_of(store)
+  if not store.heads then
+    store.heads, store.stale = all_heads(function(score) return first_leaf_from(store, score) end), {}
+  end
+  for group in pairs(store.stale) do
+    local id, score = first_leaf_from(store, group * STEP)
+    if id and math.floor(score / STEP) == group then
+      store.heads[group] = {id = id, score = score, time = score - group * STEP}
+    end
+  end
+  store.stale = {}
+  return store.heads
+end
+
+-- Densities as doubles, or false if nobody learns any more.
+local function weights_of(store)
+  if store.weights == nil then
+    local learned = redis.call('HMGET', store.learned, 'weights', 'at')
+    store.weights = learned[1] and tonumber(learned[2]) + WEIGHTS_LIFE > store.now and learned[1] or false
+  end
+  return store.weights
+end
+
+-- The head to lose first among those that may go for a block of `max_priority` and need not wait beyond `time`.
+local function least(store, heads, max_priority, time)
+  local weights = weights_of(store)
+  local best, best_worth
+  for group, head in pairs(heads) do
+    local priority = math.floor(group / CLASSES)
+    local allowed = priority <= max_priority or weights and priority < PINNED
+    if allowed and head.time <= time then
+      local worth = priority
+      if weights then
+        local at = (group % CLASSES * AGES + age_bucket(store.now - head.time)) * 8 + 1
+        worth = struct.unpack('>d', weights, at)
+      end
+      if not best or worth < best_worth or worth == best_worth
+        and (head.time < best.time or head.time == best.time and head.id < best.id) then
+        best, best_worth = head, worth
+      end
+    end
+  end
+  return best
 end
 
 -- Takes a block's payload away, and its record too unless children hang on it; goes on to its parent if
@@ -136,7 +322,7 @@ local function remove(store, id)
   if record.state == WRITING then
     redis.call('ZREM', store.writing, id)
   elseif record.state == READY and record.children == 0 then
-    dequeue(store, id)
+    dequeue(store, id, record.owner)
   end
   if record.state ~= LOST then
     store.gone[#store.gone + 1] = id .. record.fence
@@ -162,24 +348,50 @@ local function remove(store, id)
   enqueue_if_leaf(store, record.parent, parent)
 end
 
--- Evicts the leaf that is first in order of (effective priority, last use). False if none is left that may
--- go: not leased, of at most `max_priority`.
-local function evict_one(store, max_priority)
+-- Whether the leaf at a head went; else it waits until after `time`, when it may be looked at again. Its
+-- owner's floor is no matter when the owner itself needs the room.
+local function evict(store, head, owner, time)
+  local id, record = head.id, get(store, head.id)
+  if not record then -- see begin_anew_unless_books_add_up
+    redis.call('ZREM', store.leaves, id)
+    if owner then redis.call('ZREM', store.owned, owned_prefix(owner, head.score) .. id) end
+    took_place(store, head.score)
+    return false
+  end
+  if record.lease > store.now then
+    enqueue(store, id, record, math.max(record.lease, time + 1))
+    return false
+  end
+  local floor = record.owner ~= owner and limit_of(store, 'floor', record.owner)
+  if floor and used(store, record.owner) - record.size < floor then
+    enqueue(store, id, record, store.now + PAUSE)
+    return false
+  end
+  store.victims = store.victims + 1
+  remember(store, id, record)
+  remove(store, id)
+  return true
+end
+
+-- Evicts the leaf that is worth least. False if none may go for a block of `max_priority` of `owner`.
+local function evict_one(store, max_priority, owner)
   while store.examined < MAX_EXAMINED do
     store.examined = store.examined + 1
-    local head = redis.call('ZRANGE', store.leaves, store.passed_count, store.passed_count, 'WITHSCORES')
-    local id, score = head[1], tonumber(head[2])
-    if not id or math.floor(score / PRIORITY_STEP) > max_priority then return false end
-    local record = get(store, id)
-    if not record then
-      dequeue(store, id)
-    elseif record.lease > store.now then
-      store.passed[id], store.passed_count, store.passed_score = true, store.passed_count + 1, score
-    else
-      store.victims = store.victims + 1
-      remove(store, id)
-      return true
-    end
+    local head = least(store, heads_of(store), max_priority, store.now)
+    if not head then return false end
+    if evict(store, head, owner, store.now) then return true end
+  end
+  return false
+end
+
+-- The same among the owner's own leaves, for it has reached its quota: those too that wait for its floor.
+local function evict_own(store, max_priority, owner)
+  while store.examined < MAX_EXAMINED do
+    store.examined = store.examined + 1
+    local heads = all_heads(function(score) return first_of_owner_from(store, owner, score) end)
+    local head = least(store, heads, max_priority, store.now + PAUSE)
+    if not head then return false end
+    if evict(store, head, owner, store.now + PAUSE) then return true end
   end
   return false
 end
@@ -188,6 +400,9 @@ end
 -- A block's retentions are a set: (owner, priority) -> expiry. Its effective priority is the highest one that
 -- is live; `held` says that somebody wants the default for good, which is kept as one bit because nearly
 -- every block has just that. So no use by another can lower a block, and none can end its time limit.
+--
+-- What the value of a block is learned by is what its users ask for now: `tier`, the highest of what each owner
+-- asked for last and that is live. A superseded retention counts for the priority only.
 
 local function read_retentions(store, id, record)
   local list = {}
@@ -195,10 +410,19 @@ local function read_retentions(store, id, record)
     local packed = redis.call('HGET', store.retained, id) or ''
     for at = 1, #packed, RETENTION_BYTES do
       local owner, priority, ttl, expires = struct.unpack(RETENTION, packed, at)
-      list[#list + 1] = {owner = owner, priority = priority, ttl = ttl, expires = expires}
+      list[#list + 1] = {
+        owner = owner, priority = priority % SUPERSEDED, superseded = priority >= SUPERSEDED,
+        ttl = ttl, expires = expires,
+      }
     end
   end
   return list
+end
+
+local function tier_of(priority)
+  if priority == DEFAULT_PRIORITY then return 1 end
+  if priority < DEFAULT_PRIORITY then return 0 end
+  return priority < HIGH_PRIORITY and 2 or 3
 end
 
 local function stronger(a, b)
@@ -214,10 +438,13 @@ local function settle_retentions(store, id, record, list)
     if entry.expires > store.now then live[#live + 1] = entry end
   end
   table.sort(live, stronger)
-  local packed, earliest = {}, NEVER
+  local packed, earliest, asked = {}, NEVER, record.held == 1 and DEFAULT_PRIORITY or nil
   for i = 1, math.min(#live, MAX_RETENTIONS) do
-    packed[i] = struct.pack(RETENTION, live[i].owner, live[i].priority, live[i].ttl, live[i].expires)
-    earliest = math.min(earliest, live[i].expires)
+    local entry = live[i]
+    local priority = entry.priority + (entry.superseded and SUPERSEDED or 0)
+    packed[i] = struct.pack(RETENTION, entry.owner, priority, entry.ttl, entry.expires)
+    earliest = math.min(earliest, entry.expires)
+    if not entry.superseded then asked = math.max(asked or 0, entry.priority) end
   end
   if #packed > 0 then
     redis.call('HSET', store.retained, id, table.concat(packed))
@@ -232,29 +459,37 @@ local function settle_retentions(store, id, record, list)
   record.retained = #packed > 0 and 1 or 0
   record.priority = live[1] and live[1].priority or DEFAULT_PRIORITY
   if record.held == 1 then record.priority = math.max(record.priority, DEFAULT_PRIORITY) end
+  record.tier = tier_of(asked or DEFAULT_PRIORITY)
   save(store, id, record)
   enqueue_if_leaf(store, id, record)
 end
 
 local function retain_block(store, id, record, owner, priority, ttl)
-  if priority == DEFAULT_PRIORITY and ttl == NEVER then
+  local plain = priority == DEFAULT_PRIORITY and ttl == NEVER
+  if plain and record.retained == 0 then
     if record.held == 0 then
       record.held = 1
-      if record.retained == 0 then return save(store, id, record) end
-      settle_retentions(store, id, record, read_retentions(store, id, record))
+      settle_retentions(store, id, record, {})
     end
     return
   end
   local list, entry = read_retentions(store, id, record), nil
   for _, known in ipairs(list) do
-    if known.owner == owner and known.priority == priority and known.expires > store.now then entry = known end
+    if known.owner == owner then
+      known.superseded = plain or known.priority ~= priority
+      if not known.superseded and known.expires > store.now then entry = known end
+    end
   end
-  if not entry then
-    entry = {owner = owner, priority = priority, ttl = ttl, expires = 0}
-    list[#list + 1] = entry
+  if plain then
+    record.held = 1
+  else
+    if not entry then
+      entry = {owner = owner, priority = priority, ttl = ttl, expires = 0}
+      list[#list + 1] = entry
+    end
+    entry.ttl = math.max(entry.ttl, ttl)
+    entry.expires = math.max(entry.expires, ttl == NEVER and NEVER or store.now + ttl)
   end
-  entry.ttl = math.max(entry.ttl, ttl)
-  entry.expires = math.max(entry.expires, ttl == NEVER and NEVER or store.now + ttl)
   settle_retentions(store, id, record, list)
 end
 
@@ -278,10 +513,11 @@ local function begin_anew_unless_books_add_up(store)
   local blocks = redis.call('HLEN', store.blocks)
   local ends = redis.call('ZCARD', store.leaves) + redis.call('ZCARD', store.writing)
   if (blocks == 0) == (ends == 0) and (blocks == 0) == (total(store) == 0) then return end
-  redis.call('UNLINK', store.blocks, store.leaves, store.writing, store.retained, store.expiring, store.bytes)
+  redis.call('UNLINK', store.blocks, store.leaves, store.owned, store.writing, store.retained, store.expiring,
+    store.bytes)
   redis.call('HDEL', store.config, 'identity')
   count(store, 'begun_anew', 1)
-  store.records, store.total = {}, nil
+  store.records, store.total, store.used = {}, nil, {}
 end
 
 local function reap(store, limit)
@@ -319,30 +555,48 @@ register('lookup', function(keys, args)
   local owner, lease = args[1], math.min(tonumber(args[2]), MAX_LEASE_MS)
   local asked = #args - 2
   local packed = redis.call('HMGET', store.blocks, unpack(args, 3))
-  local fences = {}
+  local fences, put, buckets, uses_of = {}, {}, {}, {}
+  local stamp = struct.pack('>I6', store.now)
   for i = 1, asked do
-    local record = packed[i]
+    local id, record = args[i + 2], packed[i]
     if not record or record:byte(1) ~= READY then break end
     fences[i] = record:sub(FENCE_START, FENCE_END)
-    if record:byte(4) == 1 then
-      local id = args[i + 2]
-      store.records[id] = unpack_record(record)
-      renew_retentions(store, id, store.records[id], owner)
+    local last = record:sub(LAST, REST - 1)
+    if record:byte(RETAINED) == 1 then
+      local unpacked = unpack_record(record)
+      use(store, unpacked)
+      renew_retentions(store, id, unpacked, owner)
+    else -- `use` on a packed record: a lookup may find a thousand of them
+      local value, bucket = record:byte(VALUE), buckets[last]
+      if not bucket then
+        bucket = age_bucket(store.now - struct.unpack('>I6', last))
+        buckets[last] = bucket
+      end
+      local alike = value * AGES + bucket
+      uses_of[alike] = (uses_of[alike] or 0) + 1
+      if value % 16 < MAX_USES then value = value + 1 end
+      put[#put + 1] = id
+      put[#put + 1] = '\1' .. string.char(value) .. (last < stamp and stamp or last) .. record:sub(REST)
     end
   end
+  for alike, times in pairs(uses_of) do
+    local value = math.floor(alike / AGES)
+    happen(store, 'h', math.floor(value / 16), value % 16, alike % AGES, times)
+  end
   local found = #fences
+  if #put > 0 then redis.call('HSET', store.blocks, unpack(put)) end
   if found > 0 then
     local id = args[found + 2]
-    local deepest = store.records[id] or unpack_record(packed[found])
-    deepest.last = math.max(deepest.last, store.now)
+    local deepest = get(store, id)
     if lease > 0 then
       if deepest.lease <= store.now then deepest.readers = 0 end
       deepest.readers = math.min(deepest.readers + 1, 65535)
       deepest.lease = math.max(deepest.lease, store.now + lease)
+      save(store, id, deepest)
     end
-    save(store, id, deepest)
     enqueue_if_leaf(store, id, deepest)
   end
+  store.happened.n = 1
   count(store, 'lookups', 1)
   count(store, 'asked', asked)
   count(store, 'found', found)
@@ -365,8 +619,11 @@ register('release', function(keys, args)
   local record = get(store, args[1])
   if record and record.fence == args[2] and record.readers > 0 and record.lease > store.now then
     record.readers = record.readers - 1
-    if record.readers == 0 then record.lease = 0 end
     save(store, args[1], record)
+    if record.readers == 0 then
+      record.lease = 0
+      enqueue_if_leaf(store, args[1], record)
+    end
   end
   close(store)
   return redis.status_reply('OK')
@@ -382,6 +639,7 @@ register('reserve', function(keys, args)
   begin_anew_unless_books_add_up(store)
   reap(store, MAX_DUE)
   expire(store, MAX_DUE)
+  bury(store)
   local deadline = store.now + math.min(tonumber(args[1]), MAX_RESERVATION_MS)
   local number = redis.call('HINCRBY', store.config, 'fence', 1)
   if number == 1 then -- a new or emptied store: start above every fence that it may have given before
@@ -405,8 +663,12 @@ register('reserve', function(keys, args)
 
   local deadlines = {} -- and ids, as ZADD takes them
   local function make_room(block)
+    local quota = limit_of(store, 'quota', block.owner)
+    while quota and used(store, block.owner) + block.size > quota do
+      if store.victims >= MAX_VICTIMS or not evict_own(store, block.priority, block.owner) then return false end
+    end
     while total(store) + block.size > capacity do
-      if store.victims >= MAX_VICTIMS or not evict_one(store, block.priority) then return false end
+      if store.victims >= MAX_VICTIMS or not evict_one(store, block.priority, block.owner) then return false end
     end
     return true
   end
@@ -414,7 +676,7 @@ register('reserve', function(keys, args)
   local function reserve(block)
     local id, record = block.id, get(store, block.id)
     if record and record.state == READY then
-      record.last = store.now
+      use(store, record)
       save(store, id, record)
       enqueue_if_leaf(store, id, record)
       retain_block(store, id, record, block.owner, block.priority, block.ttl)
@@ -429,12 +691,15 @@ register('reserve', function(keys, args)
         local parent = get(store, block.parent)
         if not parent then return 'O' end
         if parent.state == READY and parent.children == 0 then
-          dequeue(store, block.parent)
+          dequeue(store, block.parent, parent.owner)
         end
         parent.children = parent.children + 1
         save(store, block.parent, parent)
       end
-      record = {priority = DEFAULT_PRIORITY, held = 0, retained = 0, children = 0, last = 0, parent = block.parent}
+      record = {
+        tier = 1, uses = 0, priority = DEFAULT_PRIORITY, held = 0, retained = 0, children = 0, last = 0,
+        parent = block.parent,
+      }
     end
     -- Reserved before room is made: a WRITING block and the blocks before it are not victims.
     record.state, record.fence, record.owner, record.size = WRITING, fence, block.owner, 0
@@ -446,6 +711,7 @@ register('reserve', function(keys, args)
     end
     deadlines[#deadlines + 1], deadlines[#deadlines + 2] = deadline, id
     record.size, record.last = block.size, store.now
+    record.uses = math.min(MAX_USES, math.max(record.uses, remembered(store, id)) + 1)
     charge(store, block.owner, block.size)
     retain_block(store, id, record, block.owner, block.priority, block.ttl)
     return 'W'
@@ -527,6 +793,7 @@ register('evict', function(keys, args)
   begin_anew_unless_books_add_up(store)
   reap(store, MAX_DUE)
   expire(store, MAX_DUE)
+  bury(store)
   local target = tonumber(args[1])
   while total(store) > target and store.victims < MAX_VICTIMS and evict_one(store, MAX_PRIORITY) do end
   count(store, 'evicted:' .. args[2], store.victims)
@@ -540,6 +807,22 @@ register('upkeep', function(keys, args)
   begin_anew_unless_books_add_up(store)
   local limit = math.min(tonumber(args[1]), 1024)
   local reaped, expired = reap(store, limit), expire(store, limit)
+  bury(store)
   close(store)
   return {reaped, expired, table.concat(store.gone)}
+end, {'allow-oom'})
+
+-- version, history, weights, then event and count by turns -> 1 if taken: nobody has learned since that version.
+-- The counted events are folded into `history` and `weights`.
+register('learn', function(keys, args)
+  local store = open(keys)
+  if tonumber(redis.call('HGET', store.learned, 'version') or 0) ~= tonumber(args[1]) then return 0 end
+  for i = 4, #args, 2 do
+    if redis.call('HINCRBY', store.events, args[i], -tonumber(args[i + 1])) == 0 then
+      redis.call('HDEL', store.events, args[i])
+    end
+  end
+  redis.call('HSET', store.learned, 'version', args[1] + 1, 'at', string.format('%.0f', store.now),
+    'history', args[2], 'weights', args[3])
+  return 1
 end, {'allow-oom'})

@@ -2,14 +2,20 @@
 
 Keys of shard k, all in one slot by the hash tag (N = layout version, `LAYOUT`):
 
-    repriseN:{sK}:blocks    HASH  block hash -> record, 57 bytes: state, effective priority, held bit,
-                                  retained bit, readers, children, size, last use, lease, fence, owner, parent
-    repriseN:{sK}:leaves    ZSET  evictable leaves, score = effective priority * 2**42 + last use in ms
+    repriseN:{sK}:blocks    HASH  block hash -> record, 58 bytes: state, tier and uses, last use, effective
+                                  priority, held bit, retained bit, readers, children, size, lease, fence,
+                                  owner, parent
+    repriseN:{sK}:leaves    ZSET  leaves, score = (effective priority * 16 + class) * 2**42 + last use in ms
+    repriseN:{sK}:owned     ZSET  the same by owner: owner + score + block hash, ordered as strings
     repriseN:{sK}:writing   ZSET  reservations -> deadline in ms
     repriseN:{sK}:retained  HASH  block hash -> its explicit retentions: owner, priority, ttl, expiry; up to 8
     repriseN:{sK}:expiring  ZSET  block hash -> earliest expiry among its retentions
     repriseN:{sK}:bytes     HASH  owner -> bytes; `total`
-    repriseN:{sK}:config    HASH  capacity; identity of the contents; the fence counter
+    repriseN:{sK}:ghosts    ZSET  first 8 bytes of an evicted block's hash -> last use * 64 + tier and uses
+    repriseN:{sK}:events    HASH  h or d, class, age -> hits or deaths since the last fold; n -> lookups
+    repriseN:{sK}:learned   HASH  history and weights (worth.py), their version, when they were learned
+    repriseN:{sK}:config    HASH  capacity; quota:<owner>, floor:<owner>; identity of the contents; the fence
+                                  counter
     repriseN:{sK}:dropped   SET   names of payloads that no record needs, until somebody has unlinked them
     repriseN:{sK}:counts    HASH  counters for the metrics
     repriseN:{pJ}:<name>    STRING payload (see payloads.py); name = block hash + fence
@@ -18,10 +24,11 @@ A fence is 7 bytes, new with every reservation. It is part of a payload's name, 
 late can neither overwrite nor unlink what another wrote, and a reader that was overtaken finds nothing
 instead of something else. Block ids are chained hashes (services.wire.hashes): a parent never changes.
 
-One policy for now: order by (effective priority, last use), leaves first. A learned policy puts a class into
-the record and keeps one `leaves` key a class, ordered by last use, and `evict_one` compares the classes'
-heads: nothing else changes, but `LAYOUT` does. Stores of different layouts, and libraries of different
-sources, live side by side in one Redis, so releases can be rolled.
+What is evicted: leaves only, least worth first (`worth`; `eviction` is the same policy without a server). The
+functions count what happens to blocks of a class; whoever calls `events`, folds them and calls `learn` (the
+service does) gives the weights. With none, or none for ten minutes, it is (effective priority, last use).
+Libraries of different sources, and stores of different layouts, live side by side in one Redis, so releases
+can be rolled.
 """
 
 from __future__ import annotations
@@ -37,11 +44,12 @@ from typing import Any, Literal, TypeVar
 from redis import Redis
 from redis.exceptions import ResponseError
 
+from services.cache_store.worth import Events
 from services.wire.hashes import HASH_BYTES
 from services.wire.messages import DEFAULT_PRIORITY, MAX_PRIORITY
 
 #: Of the keys and records. Anything that reads them differently needs another number.
-LAYOUT = 1
+LAYOUT = 2
 SOURCE = files("services.cache_store").joinpath("functions.lua").read_text(encoding="utf-8")
 
 #: The parent of a prefix's first block.
@@ -52,6 +60,9 @@ OWNER_BYTES = 8
 #: Hashes in one call at most: Lua unpacks them onto its stack, and the server does nothing else meanwhile.
 MAX_BLOCKS = 1024
 MAX_BLOCK_BYTES = 2**32 - 1
+#: A priority that no request can ask for: such a block is not evicted, nor what it continues. For `retain`,
+#: with a time to live.
+PINNED = MAX_PRIORITY + 1
 _NEVER_MS = 2**48 - 1
 
 #: WRITE it; another writer is at it: FOLLOW; HAVE it already; its parent is not stored: ORPHAN; every block
@@ -105,8 +116,30 @@ class Usage:
     leaves: int
     reservations: int
     dropped: int  # payloads waiting to be unlinked
+    ghosts: int  # evicted blocks that are remembered
     owners: dict[bytes, int]  # bytes by owner digest
     counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """A basis to learn from; `counts` by event as functions.lua names them."""
+
+    version: int
+    history: bytes
+    counts: dict[bytes, int]
+
+    @property
+    def lookups(self) -> int:
+        return self.counts.get(b"n", 0)
+
+    def events(self) -> Events:
+        events = Events(lookups=self.lookups)
+        for event, count in self.counts.items():
+            if len(event) == 3:
+                happened = events.hits if event[:1] == b"h" else events.deaths
+                happened[event[1], event[2]] = count
+        return events
 
 
 def owner_digest(tenant: str) -> bytes:
@@ -135,6 +168,10 @@ class StoreFunctions:
             "config",
             "dropped",
             "counts",
+            "owned",
+            "ghosts",
+            "events",
+            "learned",
         )
         self.key = {name: b"reprise%d:{s%d}:%s" % (LAYOUT, shard, name.encode()) for name in names}
         self._head = (len(names), *self.key.values())  # every call declares all keys, in the Lua file's order
@@ -192,8 +229,12 @@ class StoreFunctions:
         return _names(self._call("quarantine", block, fence, reason))
 
     def retain(self, hashes: Sequence[bytes], owner: bytes, priority: int, ttl_ms: int | None) -> int:
-        """Add `owner`'s retention to stored blocks, as `reserve` does. Returns how many were known."""
-        _check_priority(priority)
+        """Add `owner`'s retention to stored blocks, as `reserve` does. Returns how many were known. PINNED
+        needs a time to live: there is no other end to it."""
+        if priority != PINNED:
+            _check_priority(priority)
+        elif ttl_ms is None:
+            raise ValueError("a pinned block needs a time to live, got ttl_ms=None")
         if not hashes:
             return 0
         packed = [block + struct.pack(">B", priority) + _ttl(ttl_ms) for block in _bounded(hashes)]
@@ -211,6 +252,31 @@ class StoreFunctions:
         each there were and the names of payloads to unlink."""
         reaped, expired, dropped = self._call("upkeep", limit)
         return reaped, expired, _names(dropped)
+
+    def govern(self, owner: bytes, *, quota: int | None = None, floor: int | None = None) -> None:
+        """Bound the bytes of `owner`: it never has more than `quota`, and what it has goes for others only
+        beyond `floor`. None = no bound. The floors of all should leave room in the capacity."""
+        for name, value in (("quota", quota), ("floor", floor)):
+            if value is None:
+                self.redis.hdel(self.key["config"], f"{name}:".encode() + owner)
+            elif value < 0 or (name == "floor" and quota is not None and value > quota):
+                raise ValueError(f"{name} must be 0 bytes or more, a floor at most the quota, got {value}")
+            else:
+                self.redis.hset(self.key["config"], f"{name}:".encode() + owner, value)
+
+    def events(self) -> Learning:
+        """What has happened since somebody learned last, and what had been learned by then."""
+        pipeline = self.redis.pipeline(transaction=True)
+        pipeline.hgetall(self.key["events"])
+        pipeline.hmget(self.key["learned"], "version", "history")
+        counts, (version, history) = pipeline.execute()
+        return Learning(int(version or 0), history or b"", {e: int(n) for e, n in counts.items()})
+
+    def learn(self, learning: Learning, history: bytes, weights: bytes) -> bool:
+        """Make `weights` the ones to evict by, for ten minutes. False if somebody else has learned since
+        `learning`: then nothing has changed."""
+        counts = [part for event in learning.counts.items() for part in event]
+        return bool(self._call("learn", learning.version, history, weights, *counts))
 
     def configure(self, capacity: int) -> None:
         """Set the capacity in bytes."""
@@ -235,9 +301,10 @@ class StoreFunctions:
         pipeline.zcard(self.key["leaves"])
         pipeline.zcard(self.key["writing"])
         pipeline.scard(self.key["dropped"])
+        pipeline.zcard(self.key["ghosts"])
         pipeline.hgetall(self.key["bytes"])
         pipeline.hgetall(self.key["counts"])
-        capacity, blocks, leaves, reservations, dropped, used, counts = pipeline.execute()
+        capacity, blocks, leaves, reservations, dropped, ghosts, used, counts = pipeline.execute()
         owners = {owner: int(size) for owner, size in used.items()}
         return Usage(
             capacity=int(capacity or 0),
@@ -246,6 +313,7 @@ class StoreFunctions:
             leaves=leaves,
             reservations=reservations,
             dropped=dropped,
+            ghosts=ghosts,
             owners=owners,
             counts={name.decode(): int(value) for name, value in counts.items()},
         )

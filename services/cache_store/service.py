@@ -7,7 +7,9 @@ before anybody asks, the capacity survives a restart of Redis, and payloads of d
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,6 +19,7 @@ from redis.exceptions import RedisError
 
 from services.cache_store.embedded import public_url
 from services.cache_store.functions import StoreFunctions, Usage
+from services.cache_store.learning import learn
 from services.cache_store.payloads import unlink_payloads
 
 log = logging.getLogger(__name__)
@@ -24,6 +27,11 @@ log = logging.getLogger(__name__)
 #: Evict from the high to the low watermark. Below 85 % the allocator's rounding and bursts of writes fit too.
 HIGH_WATERMARK = 0.85
 LOW_WATERMARK = 0.80
+
+#: Learn after so many lookups. Then so often at least, for weights are good for ten minutes only; before,
+#: plain priorities are better than weights that nothing speaks for.
+LEARN_EVERY = 200
+LEARN_EVERY_S = 60.0
 
 _SLICE = 256  # reservations and retentions a call
 _SWEEP = 1024  # dropped payloads a round
@@ -38,6 +46,7 @@ class Upkeep(Collector):
         self.usage: Usage | None = None
         self._where = public_url(url)
         self._capacity = capacity
+        self._learned_s = -math.inf
         self._shard = shard
         self._redis = Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3)
         self._functions = StoreFunctions(self._redis, shard=shard)
@@ -65,6 +74,7 @@ class Upkeep(Collector):
         if self.usage is None:
             self._check_memory_settings()
         functions.configure(self._capacity)
+        self._learn()
         while True:
             reaped, expired, dropped = functions.upkeep(_SLICE)
             self._unlink(dropped)
@@ -80,6 +90,15 @@ class Upkeep(Collector):
 
     def close(self) -> None:
         self._redis.close()
+
+    def _learn(self) -> None:
+        """Bring the policy's weights up to date. Of several services the first to come does it."""
+        now_s = time.monotonic()
+        learning = self._functions.events()
+        overdue = learning.version > 0 and now_s - self._learned_s >= LEARN_EVERY_S
+        if overdue or learning.lookups >= LEARN_EVERY:
+            learn(self._functions, learning)
+            self._learned_s = now_s
 
     def _check_memory_settings(self) -> None:
         memory = self._redis.info("memory")

@@ -79,6 +79,8 @@ class Store:
 @dataclass
 class Record:
     state: int
+    tier: int
+    uses: int
     priority: int
     readers: int
     children: int
@@ -90,8 +92,10 @@ class Record:
 
     @classmethod
     def unpack(cls, packed: bytes) -> Record:
-        state, priority, _, _, readers, children, size, last, lease, fence, _, parent = struct.unpack(
-            ">BBBBHII6s6s7s8s16s", packed
+        state, value, last, priority, _, _, readers, children, size, lease, fence, _, parent = struct.unpack(
+            ">BB6sBBBHHI6s7s8s16s", packed
         )
         last_ms, lease_ms = int.from_bytes(last, "big"), int.from_bytes(lease, "big")
-        return cls(state, priority, readers, children, size, last_ms, lease_ms, fence, parent)
+        return cls(
+            state, value >> 4, value & 15, priority, readers, children, size, last_ms, lease_ms, fence, parent
+        )

@@ -1,23 +1,34 @@
 """The store's metadata as a plain slow model: every rule written as its definition, nothing kept that can be
-derived. Where the order leaves a choice (equal priority and last use) it follows the server and checks that
-the server's choice was allowed."""
+derived."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from services.cache_store.functions import ROOT, NewBlock, Reserved
+from services.cache_store.worth import (
+    AGES,
+    GHOST_LIFE_MS,
+    MAX_USES,
+    Weights,
+    age_bucket,
+    tier,
+    value_class,
+)
 from services.wire.messages import DEFAULT_PRIORITY, MAX_PRIORITY
 
 WRITING, READY, LOST = 0, 1, 2
 MAX_RETENTIONS = 8
 NEVER = 2**48 - 1
+WEIGHTS_LIFE, PAUSE = 600_000, 1000
 
 
 @dataclass
 class Retention:
     ttl: int
     expires: int
+    superseded: bool = False  # its owner has asked for something else since
 
 
 @dataclass
@@ -30,10 +41,16 @@ class Block:
     fence: bytes = b""
     deadline: int = 0
     last: int = 0
+    look_again: int = 0  # when it may be tried once more, for a leaf that could not go when it was its turn
+    uses: int = 0
     lease: int = 0
     readers: int = 0
     held: bool = False
     retentions: dict[tuple[bytes, int], Retention] = field(default_factory=dict)
+
+    @property
+    def queued(self) -> int:
+        return self.look_again or self.last
 
     @property
     def name(self) -> bytes:
@@ -46,6 +63,11 @@ class Oracle:
         self.now = 0
         self.blocks: dict[bytes, Block] = {}
         self.dropped: set[bytes] = set()
+        self.weights: Weights | None = None
+        self.weights_at = 0
+        self.quotas: dict[bytes, int] = {}
+        self.floors: dict[bytes, int] = {}
+        self.ghosts: dict[bytes, tuple[int, int]] = {}  # last use, uses
 
     # ---- definitions
 
@@ -68,22 +90,65 @@ class Oracle:
         """Whether a retention has ended that the server may not have settled yet."""
         return any(kept.expires <= self.now for kept in block.retentions.values())
 
-    def rank(self, block: Block) -> tuple[int, int]:
-        return self.priority(block), block.last
-
-    def victims(self, max_priority: int) -> list[Block]:
-        """The leaves that may go next: more than one only if they rank alike."""
-        leaves = [
-            block
-            for block in self.blocks.values()
-            if self.is_leaf(block) and block.lease <= self.now and self.priority(block) <= max_priority
+    def tier(self, block: Block) -> int:
+        """Of the highest priority that an owner asked for last."""
+        asked = [
+            priority
+            for (_, priority), kept in block.retentions.items()
+            if kept.expires > self.now and not kept.superseded
         ]
-        return [block for block in leaves if self.rank(block) == min(map(self.rank, leaves))]
+        if block.held or not asked:
+            asked.append(DEFAULT_PRIORITY)
+        return tier(max(asked))
+
+    def used(self, owner: bytes) -> int:
+        return sum(block.size for block in self.blocks.values() if block.owner == owner)
+
+    def learned(self) -> bool:
+        return self.weights is not None and self.weights_at + WEIGHTS_LIFE > self.now
+
+    def group(self, block: Block) -> tuple[int, int]:
+        return self.priority(block), value_class(self.tier(block), block.uses)
+
+    def worth(self, block: Block) -> float:
+        if not self.learned():
+            return self.priority(block)
+        assert self.weights is not None
+        age = age_bucket(self.now - block.queued)
+        return self.weights.density[self.group(block)[1] * AGES + age]
+
+    def victim(self, max_priority: int, needs: bytes | None, own: bool = False) -> Block | None:
+        """The leaf to lose for a block of `max_priority` of the owner `needs`, one of its `own` if it has
+        reached its quota: of the oldest of each group the one worth least. One that may not go yet waits."""
+        if self.learned():
+            max_priority = MAX_PRIORITY
+        until = self.now + (PAUSE if own else 0)
+        while True:
+            heads: dict[tuple[int, int], Block] = {}
+            for block in sorted(self.blocks.values(), key=lambda block: (block.queued, block.hash)):
+                if (
+                    self.is_leaf(block)
+                    and block.queued <= until
+                    and self.priority(block) <= max_priority
+                    and (not own or block.owner == needs)
+                ):
+                    heads.setdefault(self.group(block), block)
+            if not heads:
+                return None
+            least = min(heads.values(), key=lambda block: (self.worth(block), block.queued, block.hash))
+            protected = least.owner != needs and least.owner in self.floors
+            if least.lease > self.now:
+                least.look_again = max(least.lease, until + 1)
+            elif protected and self.used(least.owner) - least.size < self.floors[least.owner]:
+                least.look_again = self.now + PAUSE
+            else:
+                return least
 
     # ---- changes
 
     def touch(self, block: Block) -> None:
         """A use of a block is a use of every block before it."""
+        block.look_again = 0
         at: Block | None = block
         while at is not None:
             at.last = max(at.last, self.now)
@@ -97,13 +162,24 @@ class Oracle:
             return
         del self.blocks[block.hash]
         parent = self.blocks.get(block.parent)
-        if parent is not None and parent.state == LOST and not self.children(parent):
+        if parent is None or self.children(parent):
+            return
+        parent.look_again = 0
+        if parent.state == LOST:
             self.remove(parent)
 
+    def evict_one(self, block: Block) -> None:
+        self.ghosts[block.hash] = block.last, block.uses
+        self.remove(block)
+
     def retain_block(self, block: Block, owner: bytes, priority: int, ttl: int | None) -> None:
-        if priority == DEFAULT_PRIORITY and ttl is None:
-            if block.held:
-                return
+        plain = priority == DEFAULT_PRIORITY and ttl is None
+        if plain and block.held and not block.retentions:
+            return
+        for (holder, asked), kept in block.retentions.items():
+            if holder == owner:
+                kept.superseded = plain or asked != priority
+        if plain:
             block.held = True
         else:
             kept = block.retentions.get((owner, priority))
@@ -118,6 +194,7 @@ class Oracle:
         live = [(key, kept) for key, kept in block.retentions.items() if kept.expires > self.now]
         live.sort(key=lambda item: (-item[0][1], -item[1].expires, item[0][0]))
         block.retentions = dict(live[:MAX_RETENTIONS])
+        block.look_again = 0
 
     def settle_due(self) -> None:
         for block in self.blocks.values():
@@ -151,7 +228,9 @@ class Oracle:
             for (holder, _), kept in block.retentions.items():
                 if holder == owner and kept.expires > self.now and kept.ttl < NEVER:
                     kept.expires = max(kept.expires, self.now + kept.ttl)
-            self.settle(block)
+            if block.retentions:
+                self.settle(block)
+            block.uses = min(MAX_USES, block.uses + 1)
         if found:
             deepest = found[-1]
             self.touch(deepest)
@@ -165,10 +244,10 @@ class Oracle:
         if block is not None and block.fence == fence and block.readers and block.lease > self.now:
             block.readers -= 1
             if block.readers == 0:
-                block.lease = 0
+                block.lease = block.look_again = 0
 
     def reserve(self, blocks: list[NewBlock], life_ms: int, reply: Reserved) -> list[str]:
-        """Expected statuses; `reply.dropped` decides between victims of equal rank."""
+        """Expected statuses."""
         already = set(self.dropped)
         self.upkeep()
         evicted = [name for name in reply.dropped if name not in self.dropped - already]
@@ -178,6 +257,7 @@ class Oracle:
         known = self.blocks.get(new.hash)
         if known is not None and known.state in (READY, WRITING):
             if known.state == READY:
+                known.uses = min(MAX_USES, known.uses + 1)
                 self.touch(known)
             self.retain_block(known, new.owner, new.priority, new.ttl_ms)
             return "H" if known.state == READY else "F"
@@ -187,15 +267,18 @@ class Oracle:
             known = self.blocks[new.hash] = Block(new.hash, new.parent, new.owner)
         known.state, known.owner, known.fence = WRITING, new.owner, fence
         known.deadline, known.lease, known.readers = self.now + life_ms, 0, 0
-        while self.total() + new.size > self.capacity:
-            allowed = {block.name: block for block in self.victims(new.priority)}
-            if not allowed:
+        quota = self.quotas.get(new.owner, math.inf)
+        while (over := self.used(new.owner) + new.size > quota) or self.total() + new.size > self.capacity:
+            victim = self.victim(new.priority, new.owner, own=over)
+            if victim is None:
                 assert evicted.pop(0) == known.name
                 self.remove(known)
                 return "N"
-            victim = evicted.pop(0)
-            assert victim in allowed, "the server evicted a block out of order"
-            self.remove(allowed[victim])
+            assert evicted.pop(0) == victim.name, "the server evicted a block out of order"
+            self.evict_one(victim)
+        last, uses = self.ghosts.pop(new.hash, (0, 0))
+        before = min(MAX_USES - 1, uses) if self.now - last <= GHOST_LIFE_MS else 0
+        known.uses = min(MAX_USES, max(known.uses, before) + 1)
         known.size = new.size
         self.touch(known)
         self.retain_block(known, new.owner, new.priority, new.ttl_ms)
@@ -233,8 +316,12 @@ class Oracle:
         already = set(self.dropped)
         self.upkeep()
         for name in [name for name in dropped if name not in self.dropped - already]:
-            allowed = {block.name: block for block in self.victims(MAX_PRIORITY)}
-            assert name in allowed, "the server evicted a block out of order"
             assert self.total() > target, "the server evicted more than it was asked to"
-            self.remove(allowed[name])
-        assert self.total() <= target or not self.victims(MAX_PRIORITY)
+            victim = self.victim(MAX_PRIORITY, None)
+            assert victim is not None, "the server evicted a block that may not go"
+            assert name == victim.name, "the server evicted a block out of order"
+            self.evict_one(victim)
+        assert self.total() <= target or self.victim(MAX_PRIORITY, None) is None
+
+    def learn(self, weights: Weights) -> None:
+        self.weights, self.weights_at = weights, self.now

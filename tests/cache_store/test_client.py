@@ -15,7 +15,7 @@ from services.cache_store.allocation import stored_bytes
 from services.cache_store.client import BlockStore, Outcome, WriteBlock
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
 from services.cache_store.frames import FrameFormat
-from services.cache_store.functions import ROOT, StoreFunctions, owner_digest
+from services.cache_store.functions import LAYOUT, ROOT, StoreFunctions, owner_digest
 from services.cache_store.payloads import Payloads
 from tests.cache_store.harness import chain
 
@@ -61,7 +61,7 @@ def store(redis_server: LocalRedis) -> Iterator[BlockStore]:
 
 
 def payload_keys(redis: Redis) -> list[bytes]:
-    return sorted(redis.keys("reprise1:{p0}:*"))
+    return sorted(redis.keys(f"reprise{LAYOUT}:{{p0}}:*"))
 
 
 # ---- round trips ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from redis import Redis
 
 from services.cache_store.functions import (
     MAX_BLOCKS,
+    PINNED,
     ROOT,
     SOURCE,
     NewBlock,
@@ -16,7 +18,9 @@ from services.cache_store.functions import (
     Unconfigured,
     owner_digest,
 )
-from tests.cache_store.harness import ALICE, BOB, CLOCK_KEY, Record, Store, chain, new_blocks
+from services.cache_store.learning import learn
+from services.cache_store.worth import AGES, CLASSES, Weights, age_bucket, value_class
+from tests.cache_store.harness import ALICE, BOB, CLOCK_KEY, Record, Store, block_hash, chain, new_blocks
 from tests.cache_store.oracle import MAX_RETENTIONS
 
 
@@ -293,6 +297,174 @@ def test_of_too_many_retentions_the_strongest_are_kept(store: Store) -> None:
     assert store.records()[block].priority == 40 + 3 * MAX_RETENTIONS - 1
 
 
+# ---- what it is worth -----------------------------------------------------------------------------------
+
+
+def learn_that(store: Store, worth: Callable[[int], float]) -> None:
+    """Every block of a class is worth the same, whatever its age."""
+    density = tuple(worth(c) for c in range(CLASSES) for _ in range(AGES))
+    calls = store.calls
+    assert calls.learn(calls.events(), b"", Weights(density).to_bytes())
+
+
+def evict_all(store: Store) -> list[bytes]:
+    """In order, one a call."""
+    return [
+        name[:16] for _ in range(99) for name in store.calls.evict(max(0, store.calls.usage().total - 1))[0]
+    ]
+
+
+def test_the_class_that_is_worth_least_goes_first_whatever_was_used_last_or_asked_for(store: Store) -> None:
+    (once,), (often,), (wished,) = chain("once", 1), chain("often", 1), chain("wished", 1)
+    store.store([often])
+    for _ in range(3):
+        store.calls.lookup([often], ALICE, 0)
+    store.store([once])
+    store.store([wished], priority=90)
+    worth = {value_class(1, 4): 3.0, value_class(1, 1): 2.0, value_class(3, 1): 1.0}
+    learn_that(store, lambda c: worth.get(c, 9.0))
+    assert evict_all(store) == [wished, once, often]
+
+
+def test_ten_minutes_after_anybody_learned_plain_priorities_hold_again(store: Store) -> None:
+    (low,), (high,) = chain("low", 1), chain("high", 1)
+    store.store([high], priority=90)
+    store.store([low], priority=10)
+    learn_that(store, lambda c: -c)  # the higher, the sooner
+    store.turn_clock(600_000)
+    assert evict_all(store) == [low, high]
+
+
+def test_a_wrong_priority_cannot_keep_newcomers_out_once_it_is_learned(store: Store) -> None:
+    store.store(chain("precious", 10), priority=90)
+    assert store.store(chain("a", 1)) == "N"
+    learn_that(store, lambda c: 1.0)
+    assert store.store(chain("a", 1)) == "W"
+
+
+def test_what_a_user_asks_for_last_counts_for_the_worth_and_not_for_the_priority(store: Store) -> None:
+    (block,) = chain("a", 1)
+    store.store([block], owner=ALICE, priority=80)
+    assert store.records()[block].tier == 3
+    store.calls.retain([block], BOB, 10, None)
+    assert store.records()[block].tier == 3, "another's word lowers nothing"
+    store.calls.retain([block], BOB, 50, None)
+    store.calls.retain([block], ALICE, 10, None)
+    assert (store.records()[block].tier, store.records()[block].priority) == (2, 80), "BOB's last word"
+    store.calls.retain([block], ALICE, 80, None)
+    assert store.records()[block].tier == 3
+
+
+def test_a_block_that_comes_back_is_counted_as_before_until_its_ghost_dies(store: Store) -> None:
+    for wait_ms, uses in ((1000, 4), (1_900_000, 1)):
+        (block,) = chain(f"{wait_ms}", 1)
+        store.store([block])
+        for _ in range(2):
+            store.calls.lookup([block], ALICE, 0)
+        assert store.records()[block].uses == 3
+        store.calls.evict(0)
+        assert store.calls.usage().ghosts == 1
+        store.turn_clock(wait_ms)
+        store.store([block])
+        assert store.records()[block].uses == uses
+        assert store.calls.usage().ghosts == 0
+        store.calls.quarantine(block, store.calls.lookup([block], ALICE, 0)[0], "crc")
+
+
+def test_hits_and_deaths_are_counted_by_class_and_age_until_somebody_learns(store: Store) -> None:
+    used, forgotten = chain("used", 5), chain("forgotten", 2)
+    store.store(used)
+    store.store(forgotten)
+    store.turn_clock(60_000)
+    store.calls.lookup(used, ALICE, 0)
+    store.calls.evict(0)
+    store.turn_clock(1_900_000)
+    store.calls.upkeep(10)
+    events = store.calls.events().events()
+    assert events.lookups == 1
+    assert events.hits == {(value_class(1, 1), age_bucket(60_001)): 5}
+    assert events.deaths == {
+        (value_class(1, 1), age_bucket(1_960_000)): 2,
+        (value_class(1, 2), age_bucket(1_900_000)): 5,
+    }
+    learn_that(store, lambda c: 1.0)
+    assert store.calls.events().counts == {}
+
+
+def test_of_two_that_learn_from_the_same_one_is_too_late_and_changes_nothing(store: Store) -> None:
+    store.store(chain("a", 3))
+    store.calls.lookup(chain("a", 3), ALICE, 0)
+    first, second = store.calls.events(), store.calls.events()
+    assert learn(store.calls, first)
+    store.calls.lookup(chain("a", 3), ALICE, 0)
+    assert not learn(store.calls, second)
+    assert store.calls.events().lookups == 1
+
+
+def test_a_pinned_block_outlives_all_worth_until_its_time_is_over(store: Store) -> None:
+    (pinned,) = chain("pinned", 1)
+    store.store([pinned], owner=ALICE)
+    store.calls.retain([pinned], BOB, PINNED, 60_000)
+    learn_that(store, lambda c: 1.0 if c < 12 else 0.0)
+    for i in range(20):
+        assert store.store(chain(f"{i}", 1), priority=100) == "W"
+    store.calls.evict(0)
+    assert set(store.records()) == {pinned}
+    store.turn_clock(60_000)
+    store.calls.evict(0)
+    assert store.records() == {}
+
+
+# ---- tenants --------------------------------------------------------------------------------------------
+
+
+def test_an_owner_at_its_quota_makes_room_among_its_own_blocks(store: Store) -> None:
+    store.store(chain("bob", 3), owner=BOB)
+    store.calls.govern(ALICE, quota=300)
+    for i in range(5):
+        assert store.store(chain(f"{i}", 1), owner=ALICE) == "W"
+    assert store.calls.usage().owners == {ALICE: 300, BOB: 300}
+    assert [store.length(chain(f"{i}", 1)) for i in range(5)] == [0, 0, 1, 1, 1]
+    assert store.store(chain("long", 4), owner=ALICE) == "WWWN", "its own prefix is no victim"
+    store.calls.govern(ALICE)
+    assert store.store(chain("more", 4), owner=ALICE) == "WWWW"
+
+
+def test_a_quota_holds_for_blocks_stored_before_it_was_set(store: Store) -> None:
+    for i in range(8):
+        store.store(chain(f"{i}", 1), owner=ALICE)
+    store.calls.govern(ALICE, quota=300)
+    assert store.store(chain("new", 1), owner=ALICE) == "W"
+    assert store.calls.usage().owners == {ALICE: 300}
+
+
+def test_what_an_owner_has_under_its_floor_goes_for_nobody_but_itself(store: Store) -> None:
+    for i in range(4):
+        store.store(chain(f"alice {i}", 1), owner=ALICE)
+    store.calls.govern(ALICE, floor=200)
+    for i in range(20):
+        assert store.store(chain(f"bob {i}", 1), owner=BOB) == "W"
+        assert store.calls.usage().owners[ALICE] >= 200
+    store.calls.evict(0)
+    assert store.calls.usage().owners == {ALICE: 200}
+    store.calls.govern(ALICE, floor=200, quota=200)
+    assert store.store(chain("alice again", 2), owner=ALICE) == "WW"
+    assert store.calls.usage().owners == {ALICE: 200}
+
+
+def test_thousands_of_blocks_under_a_floor_do_not_hide_those_behind_them(store: Store) -> None:
+    store.calls.configure(1_000_000)
+    store.calls.govern(ALICE, floor=1_000_000)
+    for i in range(30):
+        blocks = [NewBlock(block_hash(f"{i}/{j}"), ROOT, 1, ALICE) for j in range(100)]
+        store.calls.commit(store.calls.reserve(blocks, 1000).fence, [block.hash for block in blocks])
+        store.turn_clock()
+    store.store(chain("bob", 1), owner=BOB, size=1)
+    for _ in range(4):
+        store.calls.evict(0)
+    assert store.calls.usage().owners == {ALICE: 3000}
+
+
 # ---- the library ----------------------------------------------------------------------------------------
 
 
@@ -320,7 +492,9 @@ def test_all_that_the_functions_touch_is_declared_and_in_one_cluster_slot(store:
     assert all(b":{s0}:" in key for key in touched)
 
 
-@pytest.mark.parametrize("key", ["blocks", "leaves", "writing", "retained", "expiring", "bytes", "dropped"])
+@pytest.mark.parametrize(
+    "key", ["blocks", "leaves", "writing", "retained", "expiring", "bytes", "dropped", "owned"]
+)
 def test_a_store_that_loses_one_of_its_keys_goes_on_at_worst_from_empty(store: Store, key: str) -> None:
     identity = store.calls.attach(None)
     for i in range(8):
@@ -363,7 +537,10 @@ def test_peek_and_lookup_of_nothing_are_nothing(store: Store) -> None:
     ("call", "message"),
     [
         (lambda calls: calls.peek([bytes(16)] * (MAX_BLOCKS + 1)), "at most 1024 blocks in a call, got 1025"),
-        (lambda calls: calls.retain([bytes(16)], ALICE, 101, None), "priority must be 0 to 100, got 101"),
+        (lambda calls: calls.retain([bytes(16)], ALICE, 102, None), "priority must be 0 to 100, got 102"),
+        (lambda calls: calls.retain([bytes(16)], ALICE, PINNED, None), "a pinned block needs a time to live"),
+        (lambda calls: calls.govern(ALICE, quota=-1), "quota must be 0 bytes or more, .* got -1"),
+        (lambda calls: calls.govern(ALICE, quota=5, floor=6), "a floor at most the quota, got 6"),
         (lambda calls: calls.configure(0), "capacity must be positive, got 0"),
         (lambda calls: NewBlock(bytes(16), ROOT, 1 << 32, ALICE), "size must be 1 to 4294967295 bytes, got"),
         (lambda calls: NewBlock(bytes(16), ROOT, 1, ALICE, priority=-1), "priority must be 0 to 100, got -1"),

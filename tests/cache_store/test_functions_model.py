@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -10,7 +12,8 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 from redis import Redis
 
 from services.cache_store.embedded import LocalRedis
-from services.cache_store.functions import ROOT, NewBlock
+from services.cache_store.functions import PINNED, ROOT, NewBlock
+from services.cache_store.worth import AGES, CLASSES, Weights, value_class
 from tests.cache_store.harness import ALICE, BOB, Store, block_hash
 from tests.cache_store.oracle import LOST, WRITING, Oracle
 
@@ -137,7 +140,37 @@ class StoreMachine(RuleBasedStateMachine):
         known = self.store.calls.retain(hashes, owner, priority, ttl)
         assert known == self.oracle.retain(hashes, owner, priority, ttl)
 
-    @rule(ms=st.sampled_from([3, 40, 200, 2000]))
+    @rule(
+        node=nodes, owner=owners, priority=st.sampled_from([10, 80, PINNED]), ttl=st.sampled_from([50, 1000])
+    )
+    def retain_for_a_time(self, node: int, owner: bytes, priority: int, ttl: int) -> None:
+        self.retain(node, owner, priority, ttl)
+
+    @rule(
+        owner=owners,
+        quota=st.sampled_from([None, None, 200, 400]),
+        floor=st.sampled_from([None, None, 100, 200]),
+    )
+    def govern(self, owner: bytes, quota: int | None, floor: int | None) -> None:
+        self.store.calls.govern(owner, quota=quota, floor=floor)
+        for bounds, value in ((self.oracle.quotas, quota), (self.oracle.floors, floor)):
+            bounds.pop(owner, None)
+            if value is not None:
+                bounds[owner] = value
+
+    @rule(seed=st.integers(0, 1000))
+    def learn(self, seed: int) -> None:
+        self.tick()
+        random = Random(seed)
+        weights = Weights(tuple(random.random() for _ in range(CLASSES * AGES)))
+        calls = self.store.calls
+        learning = calls.events()
+        assert calls.learn(learning, b"", weights.to_bytes())
+        assert not calls.learn(learning, b"", weights.to_bytes()), "somebody learned in the meantime"
+        assert calls.events().counts == {}
+        self.oracle.learn(weights)
+
+    @rule(ms=st.sampled_from([3, 40, 200, 2000, 600_000, 2_000_000]))
     def time_passes(self, ms: int) -> None:
         self.tick(ms)
 
@@ -160,12 +193,19 @@ class StoreMachine(RuleBasedStateMachine):
             assert record.children == len(oracle.children(block))
             assert record.parent == ROOT or record.parent in records
             assert record.children or record.state != LOST
-            assert oracle.overdue(block) or record.priority == oracle.priority(block)
+            assert record.state == LOST or record.uses == block.uses
+            if not oracle.overdue(block):
+                assert (record.priority, record.tier) == (oracle.priority(block), oracle.tier(block))
         leaves = {block.hash: block for block in oracle.blocks.values() if oracle.is_leaf(block)}
         scores = dict(self.client.zrange(key["leaves"], 0, -1, withscores=True))
         assert scores.keys() == leaves.keys()
         for hash_, score in scores.items():
-            assert score == records[hash_].priority * 2**42 + leaves[hash_].last
+            record = records[hash_]
+            group = record.priority * CLASSES + value_class(record.tier, record.uses)
+            assert score == group * 2**42 + leaves[hash_].queued
+        assert set(self.client.zrange(key["owned"], 0, -1)) == {
+            leaves[hash_].owner + int(score).to_bytes(7, "big") + hash_ for hash_, score in scores.items()
+        }
         assert dict(self.client.zrange(key["writing"], 0, -1, withscores=True)) == {
             block.hash: block.deadline for block in oracle.blocks.values() if block.state == WRITING
         }

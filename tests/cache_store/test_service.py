@@ -21,8 +21,9 @@ from services.cache_store.allocation import stored_bytes
 from services.cache_store.client import BlockStore
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
 from services.cache_store.functions import StoreFunctions
-from services.cache_store.service import Upkeep
-from tests.cache_store.harness import chain, new_blocks
+from services.cache_store.service import LEARN_EVERY, Upkeep
+from services.cache_store.worth import History
+from tests.cache_store.harness import ALICE, chain, new_blocks
 from tests.cache_store.test_client import FORMAT, payload_keys, to_write
 
 BLOCK_BYTES = stored_bytes(FORMAT.frame_bytes)
@@ -121,6 +122,30 @@ def test_overdue_retentions_fall_back_in_a_round(upkeep: Upkeep, redis: Redis) -
     functions.commit(reserved.fence, blocks)
     wait_until(lambda: upkeep.round() or redis.zcard(functions.key["expiring"]) == 0)
     assert metrics_of(upkeep)["reprise_store_expired_retentions_total"] == 3
+
+
+def test_it_learns_from_lookups_for_everybody_and_again_in_time(
+    upkeep: Upkeep, redis: Redis, redis_server: LocalRedis
+) -> None:
+    upkeep.round()
+    functions = StoreFunctions(redis)
+    blocks = chain("a", 5)
+    functions.commit(functions.reserve(new_blocks(blocks), 1000).fence, blocks)
+    for _ in range(LEARN_EVERY - 1):
+        functions.lookup(blocks, ALICE, 0)
+    upkeep.round()
+    assert functions.events().version == 0, "until then plain priorities decide"
+    functions.lookup(blocks, ALICE, 0)
+    upkeep.round()
+    learning = functions.events()
+    assert (learning.version, learning.lookups) == (1, 0)
+    assert sum(History.from_bytes(learning.history).hits) == pytest.approx(5 * LEARN_EVERY, rel=0.02)
+    upkeep.round()
+    assert functions.events().version == 1
+    successor = Upkeep(redis_server.socket_url, CAPACITY)  # cannot know how old the weights are
+    successor.round()
+    successor.close()
+    assert functions.events().version == 2
 
 
 def test_metrics_say_what_the_store_holds_and_what_happened(

@@ -15,7 +15,7 @@ from kernels.kv_codec import encode
 from kernels.kv_payload import Codec
 from services.cache_store.address import Address
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
-from services.cache_store.functions import StoreFunctions
+from services.cache_store.functions import LAYOUT, StoreFunctions
 from services.cache_store.shards import Rendezvous
 from services.worker.store_tier import RedisStoreTier, StoreTierConfig
 from services.worker.tiers import EncodedBlock, Load, LoadResult, OfferedBlock
@@ -204,7 +204,7 @@ def test_a_flipped_byte_ends_the_run_before_it_and_is_counted(
     hashes = chain("a", 8)
     blocks = offers(hashes)
     store_all(tier, blocks)
-    key = min((key for key in redis.keys("reprise1:{p0}:*") if hashes[5] in key), key=len)
+    key = min((key for key in redis.keys(f"reprise{LAYOUT}:{{p0}}:*") if hashes[5] in key), key=len)
     redis.setrange(key, 5000, bytes([redis.getrange(key, 5000, 5000)[0] ^ 1]))
     result = result_of(tier.start_load(hashes, costs(8), "t", FIRST))
     assert len(result.blocks) == 5
