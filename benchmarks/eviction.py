@@ -295,7 +295,7 @@ def sensitivity(workloads: dict[str, Sequence[Request]]) -> None:
     """Gain over LRU by weight of the prior and number of ghosts, mean and worst, and what a workload gets
     from the setting that the others would choose: the best mean of those that never lose more than 1 %."""
     gains: dict[str, dict[tuple[int, int], list[float]]] = {}
-    heads = "".join(f"{f'prior {prior}, ghosts {ghosts}':>20}" for prior, ghosts in _SETTINGS)
+    heads = "".join(f"{f'prior {prior}, ghosts {ghosts}':>22}" for prior, ghosts in _SETTINGS)
     print(f"\n{'no hints, 80 % right, 50 % right':34}{heads}")
     for path, requests in workloads.items():
         name = Path(path).stem
@@ -328,7 +328,7 @@ def sensitivity(workloads: dict[str, Sequence[Request]]) -> None:
 
 
 def _mean_and_worst(gains: Sequence[float]) -> str:
-    return f"{statistics.mean(gains):+9.1%} ({min(gains):+.1%})".rjust(20)
+    return f"{statistics.mean(gains):+9.1%} ({min(gains):+.1%})".rjust(22)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,9 @@ again, and at which age those died that were not. The worth of a block of class 
 same for all classes and falling with age, makes that LRU until there is evidence. A hint is a feature and no
 order: a class whose hint is wrong is worth what its blocks turned out to be worth.
 
+Its limit: that blocks are not used again is only known when their ghosts die, so a hint that was right and
+turns wrong costs until then (`benchmarks/eviction.py` has the row "right, then all wrong").
+
 Times are in ms where a name says so, else in seconds. `functions.lua` has the same classes and ages.
 """
 
