@@ -10,7 +10,8 @@ blocks first, so that parallel samples of one prompt and stampedes compute each 
 
 Loads. Blocks that the store has come from the back, from the moment a sequence waits, while its chunks go on
 from the front; where the two meet the sequence goes on behind what was loaded. A chunk is kept short enough
-to end about then, and the step with it, so that nobody is later for a load that fails.
+to end about then, and the step with it; the next steps have what that leaves of the token budget. So if the
+load fails, the same is computed in the same order as without it, in more parts.
 
 Memory. Admission takes all pages of the known tokens; decoding takes one page a block. When none is left the
 last sequence in order gives its pages back and waits: its full blocks stay cached until they are needed.
@@ -79,6 +80,8 @@ class Scheduler:
         self._loading: dict[bytes, Sequence] = {}  # by every block that it may load
         self._prefill: list[Sequence] = []  # by order
         self._decode: dict[Sequence, None] = {}
+        self._cut_tokens = 0  # prefilled by the steps before the next one that are parts of the same one
+        self._is_cut = False  # the step that is being planned is such a part
         self._free_slots = list(range(limits.max_running - 1, -1, -1))
         # What the next step's tables must learn first; kept while there is no step.
         self._placed: dict[int, Sequence] = {}
@@ -131,11 +134,16 @@ class Scheduler:
                 sequence.computed += 1
                 sequence.length += 1
         budget = self.limits.max_step_tokens - len(plan.decodes)
+        if self._cut_tokens >= budget:  # more decodes have come
+            self._cut_tokens = 0
+        budget -= self._cut_tokens
+        self._is_cut = False
         for sequence in self._prefill.copy():
             budget = self._admit(budget, plan, now, busy_s, above=sequence.request.priority)
             if budget:
                 budget -= self._plan_chunk(sequence, budget, plan, now, busy_s)
         self._admit(budget, plan, now, busy_s)
+        self._cut_tokens = self._cut_tokens + plan.prefill_tokens if self._is_cut else 0
         if not plan.decodes and not plan.chunks:
             return None
         if self.limits.group_prefixes:
@@ -192,6 +200,7 @@ class Scheduler:
         if sequence.loading:
             assert self._loader is not None
             most = self._loader.most_tokens(sequence, wanted, plan, now, busy_s)
+            self._is_cut |= most < wanted
             if not most:
                 return budget
         end = start + most
