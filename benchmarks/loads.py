@@ -205,7 +205,7 @@ def _start_proxy(server: LocalRedis, bytes_per_s: float) -> tuple[str, BaseProce
 
 def _be_slow(port: int, bytes_per_s: float, parent: Connection) -> None:
     parent.send(SlowProxy(port, bytes_per_s).url)
-    parent.recv()  # until it is killed
+    Event().wait()  # until it is killed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -228,11 +228,12 @@ class StoreReader:
         """From the back: what comes is of use wherever computing has got to."""
         run = replace(found, hashes=found.hashes[::-1], names=found.names[::-1])
         count = min(load.most, len(run.hashes))
-        start = 0
+        start, size = 0, 0
         began_s = asked_s = self._clock()
         while start < count and not load.over and not self._stopped:
             block_s = self._block_bytes / self._link.bytes_per_s(asked_s)
-            stop = min(count, start + max(1, min(self._store.batch, int(_BATCH_S / block_s))))
+            # A load begins with one block: what is believed of the link may be wrong.
+            stop = min(count, start + max(1, min(self._store.batch, int(_BATCH_S / block_s), 2 * size)))
             size = stop - start
             load.expect(size * block_s)
             frames = torch.empty((size, self._store.slot_bytes), dtype=torch.uint8, pin_memory=self._pinned)
