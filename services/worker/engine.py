@@ -1,6 +1,6 @@
 """The engine: one thread that plans a step, launches it, commits the one before, and reports.
 
-A turn: commands in, arrived loads, plan, launch, commit the oldest step, report, copies to the store.
+A turn: commands in, plan, launch, commit the oldest step, report, copies to the store.
 
 With `pipeline_depth` 2 the next step is launched before the last one is committed, so the device never waits
 for the host. Whatever happens to a request, it gets exactly one output with a `finish`.
@@ -108,7 +108,7 @@ class Engine:
         self._write_behind: WriteBehind | None = None
         self._copies = BlockCopies(self.kv, Codec(config.store_codec))
         if store is not None:
-            self._loads = StoreLoads(store, self._rates, config.block_size)
+            self._loads = StoreLoads(store, self._copies, self._rates, config.block_size)
             self._write_behind = WriteBehind(store, self._copies, self._pool, self.counters, clock)
         limits = Limits(config.block_size, config.max_running, config.max_step_tokens, group_prefixes=on_gpu)
         self._scheduler = Scheduler(limits, self._pool, self._loads)
@@ -210,8 +210,7 @@ class Engine:
         for sequence in submitted:
             self._scheduler.add(sequence)
         outputs = self._end(cancelled, "cancelled")
-        self._take_loads()
-        plan = self._scheduler.plan(self._turned_s)
+        plan = self._scheduler.plan(self._turned_s, self._busy_s())
         if plan is not None:
             outputs += self._launch(plan)
         step_s = 0.0
@@ -227,18 +226,14 @@ class Engine:
         elif not self._steps and not self._write_behind:
             self._inbox.wait(_LOAD_POLL_S if self._loads else _IDLE_TURN_S)
 
-    def _take_loads(self) -> None:
-        if not self._loads:
-            return
-        for sequence, result in self._loads.take_finished():
-            first = sequence.computed // self._config.block_size
-            blocks = result.blocks[: len(sequence.hashes) - first]
-            try:
-                self._copies.write(sequence.pages[first : first + len(blocks)], blocks)
-            except ValueError:
-                log.exception("blocks of the store do not fit the KV cache")
-                blocks = []
-            self._scheduler.loaded(sequence, len(blocks), self._turned_s)
+    def _busy_s(self) -> float:
+        """Predicted seconds until the device is done with the steps under way."""
+        if not self._steps:
+            return 0.0
+        plans = [step.plan for step in self._steps]
+        steps_s = sum(self._rates.step_s(plan.prefill_tokens, len(plan.decodes)) for plan in plans)
+        began_s = max(self._steps[0].launched_s, self._committed_s)
+        return max(0.0, began_s + steps_s - self._turned_s)
 
     def _launch(self, plan: StepPlan) -> list[Output]:
         launched_s = self._clock()

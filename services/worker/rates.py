@@ -30,6 +30,16 @@ class Rates:
         """Predicted seconds to compute `tokens` prompt tokens; infinite while nothing is known."""
         return tokens / self.prefill_tokens_per_s if self.prefill_tokens_per_s else float("inf")
 
+    def step_s(self, prefill_tokens: int, decodes: int) -> float:
+        """Predicted seconds of a step."""
+        prefill_s = self.prefill_s(prefill_tokens) if prefill_tokens else 0.0
+        return prefill_s + (self.decode_step_s if decodes else 0.0)
+
+    @property
+    def step_tokens(self) -> float:
+        """Tokens that could be prefilled in what a step costs whatever it does: reading the weights."""
+        return self.decode_step_s * self.prefill_tokens_per_s
+
 
 def _mean(old: float, new: float) -> float:
     return new if not old else old + _WEIGHT * (new - old)

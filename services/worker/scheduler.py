@@ -8,6 +8,11 @@ Sharing. A block gets its name when its tokens are *planned*: launches run in or
 before it attends, so other rows of the same step may read that page at once. Every chunk looks for named
 blocks first, so that parallel samples of one prompt and stampedes compute each block once.
 
+Loads. Blocks that the store has come from the back, from the moment a sequence waits, while its chunks go on
+from the front; where the two meet the sequence goes on behind what was loaded. A chunk is kept short enough
+to end about then, and the step with it; the next steps have what that leaves of the token budget. So if the
+load fails, the same is computed in the same order as without it, in more parts.
+
 Memory. Admission takes all pages of the known tokens; decoding takes one page a block. When none is left the
 last sequence in order gives its pages back and waits: its full blocks stay cached until they are needed.
 """
@@ -43,10 +48,20 @@ class BlockLoader(Protocol):
     """The store, as the scheduler sees it."""
 
     def start(self, sequence: Sequence, first_block: int) -> bool:
-        """Begin to load blocks from `first_block` on; False when they are better computed."""
+        """Begin to load blocks from `first_block` on, the last first; False when they are better computed, or
+        there is no room for them now."""
+
+    def fill(self, sequence: Sequence, front: int) -> range | None:
+        """Put what has come of the blocks from `front` on into the sequence's pages. Returns all that are
+        there by now, an empty range while none is; None when none is and none will be."""
+
+    def most_tokens(self, sequence: Sequence, wanted: int, plan: StepPlan, now: float, busy_s: float) -> int:
+        """How many of `wanted` tokens, those up to what `fill` returned, to compute before looking again; 0
+        to wait for a moment. `plan` is what the step does besides, `busy_s` what the device takes to begin
+        with it."""
 
     def cancel(self, sequence: Sequence) -> None:
-        """The sequence gave up its pages: what arrives for it has no place to go."""
+        """The sequence wants no more blocks."""
 
 
 class Scheduler:
@@ -62,9 +77,11 @@ class Scheduler:
         self._prefixes = PrefixGroups(pool)
         self._serials = count()
         self._waiting: list[Sequence] = []  # by order
-        self._loading: dict[bytes, Sequence] = {}  # by the first block it loads
+        self._loading: dict[bytes, Sequence] = {}  # by every block that it may load
         self._prefill: list[Sequence] = []  # by order
         self._decode: dict[Sequence, None] = {}
+        self._cut_tokens = 0  # prefilled by the steps before the next one that are parts of the same one
+        self._is_cut = False  # the step that is being planned is such a part
         self._free_slots = list(range(limits.max_running - 1, -1, -1))
         # What the next step's tables must learn first; kept while there is no step.
         self._placed: dict[int, Sequence] = {}
@@ -74,9 +91,10 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         sequence.order = (-sequence.request.priority, sequence.request.arrival_s, next(self._serials))
-        held = len(self.pool.match(sequence.hashes)) * self._block_size
-        sequence.uncached = sequence.length - held
+        held = len(self.pool.match(sequence.hashes))
+        sequence.uncached = sequence.length - held * self._block_size
         insort(self._waiting, sequence, key=_order)
+        self._start_load(sequence, held)
 
     def release(self, sequence: Sequence, now: float) -> None:
         """The sequence ends here, in whatever phase: everything it holds is free at once.
@@ -104,8 +122,9 @@ class Scheduler:
 
     # ---- one step
 
-    def plan(self, now: float) -> StepPlan | None:
-        """The next step, or None when there is nothing to compute."""
+    def plan(self, now: float, busy_s: float = 0.0) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute. `busy_s`: predicted seconds until the
+        device is done with the steps before it."""
         plan = StepPlan()
         self._make_room_for_decodes(now)
         for sequence in self._decode:
@@ -115,11 +134,16 @@ class Scheduler:
                 sequence.computed += 1
                 sequence.length += 1
         budget = self.limits.max_step_tokens - len(plan.decodes)
+        if self._cut_tokens >= budget:  # more decodes have come
+            self._cut_tokens = 0
+        budget -= self._cut_tokens
+        self._is_cut = False
         for sequence in self._prefill.copy():
-            budget = self._admit(budget, plan, now, above=sequence.request.priority)
+            budget = self._admit(budget, plan, now, busy_s, above=sequence.request.priority)
             if budget:
-                budget -= self._plan_chunk(sequence, budget, plan, now)
-        self._admit(budget, plan, now)
+                budget -= self._plan_chunk(sequence, budget, plan, now, busy_s)
+        self._admit(budget, plan, now, busy_s)
+        self._cut_tokens = self._cut_tokens + plan.prefill_tokens if self._is_cut else 0
         if not plan.decodes and not plan.chunks:
             return None
         if self.limits.group_prefixes:
@@ -140,20 +164,6 @@ class Scheduler:
         self._share(sequence, index, held, now)
         return None
 
-    def loaded(self, sequence: Sequence, blocks: int, now: float) -> None:
-        """The first `blocks` blocks of a load are in the sequence's pages; it computes the rest."""
-        first = sequence.computed // self._block_size
-        del self._loading[sequence.hashes[first]]
-        for index in range(first, first + blocks):
-            held = self.pool.lookup(sequence.hashes[index])
-            if held is None:
-                self._register(sequence, index)
-            else:
-                self._share(sequence, index, held, now)
-        sequence.store_tokens += self._advance(sequence, (first + blocks) * self._block_size)
-        sequence.phase = Phase.PREFILL
-        insort(self._prefill, sequence, key=_order)
-
     # ---- load
 
     @property
@@ -167,25 +177,33 @@ class Scheduler:
     @property
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens still to compute, as far as known: a waiting prompt's hits are those on arrival."""
-        admitted = sum(s.length - s.computed for s in (*self._prefill, *self._loading.values()))
-        return admitted + sum(s.uncached for s in self._waiting)
+        return sum(s.length - s.computed for s in self._prefill) + sum(s.uncached for s in self._waiting)
 
     # ---- planning
 
-    def _admit(self, budget: int, plan: StepPlan, now: float, above: float = -math.inf) -> int:
+    def _admit(self, budget: int, plan: StepPlan, now: float, busy_s: float, above: float = -math.inf) -> int:
         """Admit sequences of a priority above `above` and plan their first chunks; returns what is left of
         the budget."""
         while budget and (admitted := self._admit_next(now, above)) is not None:
-            if admitted.phase is Phase.PREFILL:
-                budget -= self._plan_chunk(admitted, budget, plan, now)
+            budget -= self._plan_chunk(admitted, budget, plan, now, busy_s)
         return budget
 
-    def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, now: float) -> int:
-        """Plan up to `budget` tokens of a prefill; returns how many."""
+    def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, now: float, busy_s: float) -> int:
+        """Plan up to `budget` tokens of a prefill; returns how much of the budget that takes: all of it when
+        a load is expected to be done before so many are computed."""
         self._take_held_blocks(sequence, now)
+        tail = self._loaded_tail(sequence, now) if sequence.loading else None
         # A prompt that is held to its last token still computes that one: its logits are needed.
         start = min(sequence.computed, sequence.length - 1)
-        end = start + min(budget, sequence.length - start)
+        end = sequence.length if not tail else tail.start * self._block_size
+        wanted = most = min(budget, end - start)
+        if sequence.loading:
+            assert self._loader is not None
+            most = self._loader.most_tokens(sequence, wanted, plan, now, busy_s)
+            self._is_cut |= most < wanted
+            if not most:
+                return budget
+        end = start + most
         for index in range(sequence.computed // self._block_size, end // self._block_size):
             if self.pool.lookup(sequence.hashes[index]) is not None:
                 # Left over from below a failed step's blocks: not to be written, the next chunk takes it.
@@ -196,11 +214,15 @@ class Scheduler:
         plan.chunks.append(Chunk(sequence, start, end - start, sequence.computed, samples))
         self._advance(sequence, end)
         if samples:
+            if sequence.loading:
+                self._end_load(sequence)
             sequence.length += 1
             sequence.phase = Phase.DECODE
             self._prefill.remove(sequence)
             self._decode[sequence] = None
-        return end - start
+        elif tail and end == tail.start * self._block_size:
+            self._jump(sequence, tail, now)
+        return end - start if most == wanted else budget
 
     def _take_held_blocks(self, sequence: Sequence, now: float) -> None:
         """Share the pages of blocks that others computed meanwhile, or plan to."""
@@ -217,12 +239,12 @@ class Scheduler:
         for place, sequence in enumerate(self._waiting):
             if sequence.request.priority <= above:
                 return None
-            if sequence.awaits in self._loading or sequence.in_flight:
-                continue  # the store is filling its next block; or a step still computes its last token
+            if self._is_awaited(sequence, sequence.awaits) or sequence.in_flight:
+                continue  # another's load brings its next block; or a step still computes its last token
             sequence.name_full_blocks()
             held = self.pool.match(sequence.hashes)
             missing = sequence.hashes[len(held)] if len(held) < len(sequence.hashes) else None
-            if missing in self._loading:
+            if self._is_awaited(sequence, missing):
                 sequence.awaits = missing
                 continue
             total = sequence.length // self._block_size + 1  # room for the next token too
@@ -246,13 +268,9 @@ class Scheduler:
         for index, page in enumerate(sequence.pages):
             self._changed_pages[sequence.slot, index] = page
         sequence.gpu_tokens += self._advance(sequence, len(held) * self._block_size)
-        first = len(held)
-        if first < len(sequence.hashes) and self._loader is not None and self._loader.start(sequence, first):
-            sequence.phase = Phase.LOADING
-            self._loading[sequence.hashes[first]] = sequence
-        else:
-            sequence.phase = Phase.PREFILL
-            insort(self._prefill, sequence, key=_order)
+        sequence.phase = Phase.PREFILL
+        insort(self._prefill, sequence, key=_order)
+        self._start_load(sequence, len(held))
 
     def _make_room_for_decodes(self, now: float) -> None:
         """One page more for every decode that starts a block, taken from the last in order if need be."""
@@ -270,25 +288,73 @@ class Scheduler:
         self._leave(sequence, now)
         sequence.phase = Phase.WAITING
         sequence.computed = 0
+        sequence.asked = False
         sequence.uncached = 0  # its full blocks are cached, as a rule
         sequence.preemptions += 1
         self.preemptions += 1
         insort(self._waiting, sequence, key=_order)
 
+    # ---- loads from the store
+
+    def _start_load(self, sequence: Sequence, first: int) -> None:
+        """Ask the store for the blocks from `first` on, once, unless a sequence before this one does."""
+        if sequence.asked or first >= len(sequence.hashes) or self._loader is None:
+            return
+        if self._is_awaited(sequence, sequence.hashes[first]):
+            return
+        sequence.asked = sequence.loading = self._loader.start(sequence, first)
+        if sequence.loading:
+            self._loading.update(dict.fromkeys(sequence.hashes[first:], sequence))
+
+    def _is_awaited(self, sequence: Sequence, block: bytes | None) -> bool:
+        """Whether a sequence that is served before this one computes or loads the block."""
+        by = self._loading.get(block) if block is not None else None
+        return by is not None and by.order < sequence.order
+
+    def _loaded_tail(self, sequence: Sequence, now: float) -> range | None:
+        """What the store has brought and computing has not met yet; where it has, the sequence goes on
+        behind it."""
+        assert self._loader is not None
+        tail = self._loader.fill(sequence, -(-sequence.computed // self._block_size))
+        if tail is None:
+            self._end_load(sequence)
+        elif tail and tail.start * self._block_size <= sequence.computed:
+            self._jump(sequence, tail, now)
+            self._take_held_blocks(sequence, now)
+            return None
+        return tail
+
+    def _jump(self, sequence: Sequence, tail: range, now: float) -> None:
+        """All before `tail` is computed and the tail is in the sequence's pages: name it and go on behind."""
+        for index in range(max(tail.start, sequence.computed // self._block_size), tail.stop):
+            held = self.pool.lookup(sequence.hashes[index])
+            if held is None:
+                self._register(sequence, index)
+            else:
+                self._share(sequence, index, held, now)
+        sequence.store_tokens += self._advance(sequence, tail.stop * self._block_size)
+        self._end_load(sequence)
+
+    def _end_load(self, sequence: Sequence) -> None:
+        assert self._loader is not None
+        self._loader.cancel(sequence)
+        sequence.loading = False
+        for block in sequence.hashes:
+            if self._loading.get(block) is sequence:
+                del self._loading[block]
+
     # ---- pages of a sequence
 
     def _holders(self) -> list[Sequence]:
-        return [*self._loading.values(), *self._prefill, *self._decode]
+        return [*self._prefill, *self._decode]
 
     def _leave(self, sequence: Sequence, now: float) -> None:
-        """Take the sequence out of its phase's list and give back its pages and slot."""
+        """Take the sequence out of its phase's list, end its load and give back its pages and slot."""
+        if sequence.loading:
+            self._end_load(sequence)
         match sequence.phase:
             case Phase.WAITING:
                 del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
-            case Phase.LOADING:
-                del self._loading[sequence.hashes[sequence.computed // self._block_size]]
-                assert self._loader is not None
-                self._loader.cancel(sequence)
             case Phase.PREFILL:
                 self._prefill.remove(sequence)
             case Phase.DECODE:

@@ -14,7 +14,6 @@ from services.worker.request import Request
 
 class Phase(Enum):
     WAITING = "waiting"  # holds nothing: new, or preempted
-    LOADING = "loading"  # holds pages; the store fills some of them
     PREFILL = "prefill"  # known tokens are left to compute
     DECODE = "decode"  # one token a step
     FINISHED = "finished"
@@ -44,6 +43,7 @@ class Sequence:
 
     __slots__ = (
         "_block_size",
+        "asked",
         "awaits",
         "capacity",
         "computed",
@@ -51,6 +51,7 @@ class Sequence:
         "gpu_tokens",
         "hashes",
         "length",
+        "loading",
         "max_length",
         "order",
         "pages",
@@ -60,6 +61,7 @@ class Sequence:
         "request",
         "seen",
         "slot",
+        "stalled_s",
         "stop_ids",
         "store_tokens",
         "tokens",
@@ -84,6 +86,9 @@ class Sequence:
         self.pages: list[int] = []
         self.capacity = 0  # tokens that `pages` hold
         self.slot = -1  # row of the runner's tables; -1 = none
+        self.asked = False  # the store was asked for its blocks, since it waits
+        self.loading = False  # a load is under way, or has brought what computing has not met yet
+        self.stalled_s = 0.0  # that it let pass without computing, for a load to end
         self.awaits: bytes | None = None  # block that another sequence is loading for both
         self.uncached = self.prompt_length  # tokens to compute at admission, estimated on arrival
         self.gpu_tokens = 0  # prefix hits by tier

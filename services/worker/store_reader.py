@@ -1,13 +1,15 @@
 """Loads from the store: a queue, two threads, and the decision what is worth loading.
 
-start -> queue -> [thread] lookup + lease -> gate -> read, verify and copy in batches -> release
+start -> gate -> queue -> [thread] lookup + lease -> gate -> read and verify, from the back -> release
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 import torch
@@ -18,7 +20,7 @@ from services.cache_store.frames import HEADER_BYTES, BadFrame, Payload
 from services.cache_store.known import KnownBlocks
 from services.cache_store.link import LinkEstimate
 from services.worker.gate import blocks_worth_loading
-from services.worker.tiers import EncodedBlock, LoadResult
+from services.worker.tiers import EncodedBlock
 
 log = logging.getLogger(__name__)
 
@@ -26,64 +28,96 @@ log = logging.getLogger(__name__)
 _THREADS = 2
 _MOST_WAITING = 64
 
-#: A load may take so many times what was expected, and at least so long, before it is given up; never longer
-#: than computing its blocks would take.
-_PATIENCE = 8
-_LEAST_PATIENCE_S = 1.0
+#: A batch takes about so long: what a load has is known, and its end decided, so often.
+_BATCH_S = 0.01
+
+#: A load that is late is expected to stay away this many times as long as it has by now: so few chunks are
+#: computed in pieces for a store that is dead.
+_DOUBT = 3.0
+
+#: A read that failed counts as one that took so many times as long.
+_FAILED = 4.0
 
 _JOIN_S = 5.0
 
 
 class StoreLoad:
-    """A `Load`: a thread adds to it, the engine polls it, and whichever ends it first wins."""
+    """A `Load`: a thread adds to it, the engine takes from it, and whichever ends it first wins."""
 
     def __init__(
         self,
         hashes: Sequence[bytes],
         recompute_s: Sequence[float],
         tenant: str,
-        patience_s: float,
+        most: int,
+        answer_s: float,
+        block_s: float,
         clock: Callable[[], float],
     ) -> None:
+        """Expected: `answer_s` until the store says what it has, then `block_s` a block."""
         self.hashes = hashes
         self.recompute_s = recompute_s
         self.tenant = tenant
+        self.most = most
+        self.over = False
+        self.found: int | None = None
         self._clock = clock
-        self._started_s = clock()
-        self._patience_s = patience_s
         self._lock = threading.Lock()
         self._blocks: list[EncodedBlock] = []
-        self._seconds: float | None = None  # once it is over
-        self.given_up = False
+        self._left = most  # blocks that may still come
+        self._block_s = block_s
+        self._heard_s = clock()  # when it was last heard of,
+        self._due_s = answer_s  # and how long after that it should be again
 
-    def poll(self) -> LoadResult | None:
+    @property
+    def left_s(self) -> float:
+        """Seconds of the link that it still needs, as far as known."""
+        return 0.0 if self.over else self._left * self._block_s
+
+    def take(self) -> list[EncodedBlock]:
         with self._lock:
-            if self._seconds is None and self._clock() - self._started_s > self._patience_s:
-                self.given_up = True
-                self._end()
-            return None if self._seconds is None else LoadResult(self._blocks, self._seconds)
+            blocks, self._blocks = self._blocks, []
+            return blocks
+
+    def expected_s(self, blocks: int) -> float:
+        with self._lock:
+            if self.over:
+                return math.inf if blocks else 0.0
+            waited_s = self._clock() - self._heard_s
+            left_s = blocks * self._block_s - waited_s
+            if self.found is None:
+                left_s += self._due_s
+            late = blocks and waited_s > self._due_s
+            return max(left_s, _DOUBT * waited_s if late else 0.0)
 
     def cancel(self) -> None:
         with self._lock:
+            self.over = True
             self._blocks = []
-            self._end()
 
-    @property
-    def over(self) -> bool:
-        return self._seconds is not None
-
-    def add(self, blocks: list[EncodedBlock]) -> None:
+    def answer(self, found: int) -> None:
+        """The store has `found` of the blocks asked for and they are worth loading."""
         with self._lock:
-            if self._seconds is None:
+            self.found = found
+            self._left = min(self.most, found)
+            self._heard_s = self._clock()
+
+    def expect(self, seconds: float) -> None:
+        """The next blocks should come within `seconds`."""
+        self._due_s = seconds
+
+    def add(self, blocks: list[EncodedBlock], block_s: float) -> None:
+        """The next blocks, which took `block_s` each."""
+        with self._lock:
+            if not self.over:
                 self._blocks += blocks
+                self._left -= len(blocks)
+                self._block_s = block_s
+                self._heard_s = self._clock()
 
     def finish(self) -> None:
         with self._lock:
-            self._end()
-
-    def _end(self) -> None:
-        if self._seconds is None:
-            self._seconds = self._clock() - self._started_s
+            self.over = True
 
 
 class StoreReader:
@@ -109,6 +143,7 @@ class StoreReader:
         self._link = link
         self._clock = clock
         self._queue: SimpleQueue[StoreLoad | None] = SimpleQueue()
+        self._loads: list[StoreLoad] = []  # under way or queued, and some that are over
         self._stopped = False
         self._threads = [
             threading.Thread(target=self._run, name=f"store-load-{i}", daemon=True) for i in range(_THREADS)
@@ -116,19 +151,22 @@ class StoreReader:
         for thread in self._threads:
             thread.start()
 
-    def start(self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str) -> StoreLoad | None:
+    def start(
+        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, most: int
+    ) -> StoreLoad | None:
         """See `StoreTier.start_load`."""
-        if self._stopped or self._store.is_down() or self._queue.qsize() >= _MOST_WAITING:
+        self._loads = [load for load in self._loads if not load.over]
+        if self._stopped or self._store.is_down() or len(self._loads) >= _MOST_WAITING:
             return None
-        count = self._worth_loading(recompute_s)
-        if not count:
+        queued_s = sum(load.left_s for load in self._loads) / _THREADS
+        if not self._worth_loading(recompute_s, queued_s):
             self._store.count("gate_closed")
             return None
         now = self._clock()
-        size = count * self._block_bytes
-        expected_s = self._link.latency_s(now) + size / self._link.bytes_per_s(now)
-        patience_s = min(max(_LEAST_PATIENCE_S, _PATIENCE * expected_s), recompute_s[count - 1])
-        load = StoreLoad(hashes[:count], recompute_s[:count], tenant, patience_s, self._clock)
+        answer_s = queued_s + self._link.latency_s(now)
+        block_s = self._block_bytes / self._link.bytes_per_s(now)
+        load = StoreLoad(hashes, recompute_s, tenant, min(most, len(hashes)), answer_s, block_s, self._clock)
+        self._loads.append(load)
         self._queue.put(load)
         return load
 
@@ -149,12 +187,12 @@ class StoreReader:
             if load is not None:
                 load.finish()
 
-    def _worth_loading(self, recompute_s: Sequence[float]) -> int:
+    def _worth_loading(self, recompute_s: Sequence[float], queued_s: float = 0.0) -> int:
         now = self._clock()
         return blocks_worth_loading(
             recompute_s,
             bandwidth_bytes_s=self._link.bytes_per_s(now),
-            latency_s=self._link.latency_s(now),
+            latency_s=self._link.latency_s(now) + queued_s,
             bytes_per_block=self._block_bytes,
         )
 
@@ -167,8 +205,6 @@ class StoreReader:
                 log.exception("a load from the store failed")
             finally:
                 load.finish()
-                if load.given_up:
-                    self._store.count("given_up")
 
     def _load(self, load: StoreLoad) -> None:
         self._store.count("loads")
@@ -181,33 +217,43 @@ class StoreReader:
         self._known.add(found.hashes)
         self._known.discard(load.hashes[len(found.hashes) :])
         try:
-            self._read(load, found)
+            if self._worth_loading(load.recompute_s[: len(found.hashes)]):
+                load.answer(len(found.hashes))
+                self._read(load, found)
         finally:
             load.finish()  # before the release, which the engine need not wait for
             self._store.release(found)
 
     def _read(self, load: StoreLoad, found: Found) -> None:
-        count = self._worth_loading(load.recompute_s[: len(found.hashes)])
-        for start in range(0, count, self._store.batch):
-            if load.over or self._stopped:
-                return
-            stop = min(count, start + self._store.batch)
-            asked_s = self._clock()
-            frames = torch.empty(
-                (stop - start, self._store.slot_bytes), dtype=torch.uint8, pin_memory=self._pinned
-            )
-            payloads = self._store.read(found, start, stop, tensor_bytes(frames))
+        """From the back: what comes is of use wherever computing has got to."""
+        run = replace(found, hashes=found.hashes[::-1], names=found.names[::-1])
+        count = min(load.most, len(run.hashes))
+        start, size = 0, 0
+        began_s = asked_s = self._clock()
+        while start < count and not load.over and not self._stopped:
+            block_s = self._block_bytes / self._link.bytes_per_s(asked_s)
+            # A load begins with one block: what is believed of the link may be wrong.
+            stop = min(count, start + max(1, min(self._store.batch, int(_BATCH_S / block_s), 2 * size)))
+            size = stop - start
+            load.expect(size * block_s)
+            frames = torch.empty((size, self._store.slot_bytes), dtype=torch.uint8, pin_memory=self._pinned)
+            payloads = self._store.read(run, start, stop, tensor_bytes(frames))
             blocks = self._sound(payloads, frames)
+            now = self._clock()
             if len(blocks) < len(payloads):
-                self._store.quarantine(found, start + len(blocks), BadFrame.SCALES)
+                self._store.quarantine(run, start + len(blocks), BadFrame.SCALES)
             if blocks:
-                now = self._clock()
                 self._link.observe_read(sum(len(block.payload) for block in blocks), now - asked_s, now)
                 self._store.count("loaded_blocks", len(blocks))
-                load.add(blocks)
-            if len(blocks) < stop - start:
-                self._known.discard([found.hashes[start + len(blocks)]])
+                # The slower of the whole and the latest: nothing is gained by believing in a lucky burst.
+                pace_s = (now - began_s) / (start + len(blocks)), (now - asked_s) / len(blocks)
+                load.add(blocks, max(pace_s))
+            elif now - asked_s > size * block_s:  # not for what it should be, for want of it
+                self._link.observe_read(size * self._block_bytes, _FAILED * (now - asked_s), now)
+            if len(blocks) < size:
+                self._known.discard([run.hashes[start + len(blocks)]])
                 return
+            start, asked_s = stop, now
 
     def _sound(self, payloads: Sequence[Payload], frames: torch.Tensor) -> list[EncodedBlock]:
         """The leading payloads that decode to finite values: parts of the rows of `frames` that they were

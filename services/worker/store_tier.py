@@ -1,7 +1,7 @@
 """The shared store as the engine's third tier: loads ahead of prefill, writes behind it.
 
-The engine's thread never touches a socket. A load is given up when it takes much longer than it promised, and
-a store that is down answers every question at once with nothing.
+The engine's thread never touches a socket. Computing never waits for a load, and a store that is down answers
+every question at once with nothing.
 
 The store may be several servers. Each has everything of its own, client, threads, beliefs and link, so one
 that is slow or down costs hits of its own prefixes and nobody else's.
@@ -69,9 +69,9 @@ class RedisStoreTier:
         self._shards = [_Shard(store, config, shape, len(urls), clock) for store in stores]
 
     def start_load(
-        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes
+        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes, most: int
     ) -> Load | None:
-        return self._shard(first).reader.start(hashes, recompute_s, tenant)
+        return self._shard(first).reader.start(hashes, recompute_s, tenant, most)
 
     def offer(self, blocks: Sequence[OfferedBlock]) -> int:
         taken = 0
@@ -103,7 +103,7 @@ class RedisStoreTier:
         return bytes_per_s * self._tokens_per_byte
 
     def counts(self) -> dict[str, int]:
-        """Counters since the start: loads, loaded_blocks, gate_closed, given_up, errors, busy,
+        """Counters since the start: loads, loaded_blocks, gate_closed, errors, busy,
         quarantined:<reason> and written:<outcome> (see frames.BadFrame and client.Outcome)."""
         total: Counter[str] = Counter()
         for shard in self._shards:

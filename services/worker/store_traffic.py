@@ -1,20 +1,33 @@
-"""Blocks to and from the store, beside the steps: loads on admission, copies behind the writes.
+"""Blocks to and from the store, beside the steps: loads ahead of the prefill, copies behind the writes.
 
-Neither ever makes a step wait. Both run on the engine's thread; the tier's own threads do the slow part.
+Neither makes a step wait. Both run on the engine's thread; the tier's own threads do the slow part.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 
 from services.worker.block_copies import BlockCopies, Departure
 from services.worker.counters import Counters
+from services.worker.gate import meeting_point
 from services.worker.pages import PagePool
+from services.worker.plan import StepPlan
 from services.worker.rates import Rates
 from services.worker.sequence import FilledBlock, Sequence
-from services.worker.tiers import Load, LoadResult, OfferedBlock, StoreTier
+from services.worker.tiers import EncodedBlock, Load, OfferedBlock, StoreTier
+
+log = logging.getLogger(__name__)
+
+#: Blocks on the host for sequences that compute nothing yet have so much memory together.
+_HOST_BYTES = 1 << 30
+
+#: A request lets so much time pass in all without computing, when a load is expected to be done in that.
+_MOST_STALLED_S = 0.005
 
 #: Share of a step's time that copying pages out may take after it.
 _COPY_SHARE = 0.1
@@ -25,41 +38,133 @@ _IDLE_PAGES = 8
 _COPY_WEIGHT = 0.2  # of the newest copy in the mean copy time
 
 
-class StoreLoads:
-    """The loads under way, by sequence: the scheduler's `BlockLoader`."""
+@dataclass(slots=True)
+class _Active:
+    """A load of blocks `first` to `end` of a sequence, of which `tail` are in its pages."""
 
-    def __init__(self, store: StoreTier, rates: Rates, block_size: int) -> None:
+    load: Load
+    first: int
+    end: int  # no more than that; where the tail begins if there is one, else the load tells
+    most: int  # blocks that the load may bring
+    taken: int = 0  # of these
+    tail: range = range(0)
+    stalled_since: float | None = None
+
+    @property
+    def on_host(self) -> int:
+        """Blocks at most that the load holds or will hold."""
+        if self.load.found is None:
+            return 0 if self.load.over else self.most
+        return min(self.most, self.load.found) - self.taken
+
+
+class StoreLoads:
+    """The loads of sequences, under way or waiting for their pages: the scheduler's `BlockLoader`."""
+
+    def __init__(self, store: StoreTier, copies: BlockCopies, rates: Rates, block_size: int) -> None:
         self._store = store
+        self._copies = copies
         self._rates = rates
         self._block_size = block_size
-        self._active: dict[Sequence, Load] = {}
+        self._host_blocks = _HOST_BYTES // copies.shape.payload_bytes(copies.codec)
+        self._active: dict[Sequence, _Active] = {}
 
     def __bool__(self) -> bool:
         return bool(self._active)
 
     def start(self, sequence: Sequence, first_block: int) -> bool:
-        hashes = sequence.hashes[first_block:]
-        recompute_s = [self._rates.prefill_s((i + 1) * self._block_size) for i in range(len(hashes))]
-        load = self._store.start_load(hashes, recompute_s, sequence.request.tenant, sequence.hashes[0])
-        if load is None:
-            return False
-        self._active[sequence] = load
-        return True
+        active = self._start(sequence, first_block, len(sequence.hashes))
+        if active is not None:
+            self._active[sequence] = active
+        return active is not None
+
+    def fill(self, sequence: Sequence, front: int) -> range | None:
+        active = self._active[sequence]
+        load = active.load
+        over = load.over  # asked first: what comes later is taken the next time
+        blocks = load.take()
+        if load.found is not None:
+            self._place(active, sequence, blocks, load.found, front)
+        tail = active.tail
+        if not over or (tail and tail.start <= front):
+            return None if load.found is not None and front >= max(tail.stop, active.end) else tail
+        if not tail:
+            return None
+        if active.taken == active.most and (rest := self._start(sequence, front, tail.start)):
+            rest.tail = tail  # there is more in the store than the host had room for
+            self._active[sequence] = rest
+            return tail
+        # To end a chunk before it costs another step.
+        return tail if len(tail) * self._block_size > self._rates.step_tokens else None
+
+    def most_tokens(self, sequence: Sequence, wanted: int, plan: StepPlan, now: float, busy_s: float) -> int:
+        active = self._active[sequence]
+        if active.stalled_since is not None:
+            sequence.stalled_s += now - active.stalled_since
+            active.stalled_since = None
+        load = active.load
+        if load.over:
+            return wanted
+        front = -(-sequence.computed // self._block_size)
+        left = max(0, (active.tail.start if active.tail else active.end) - front)  # blocks nobody has yet
+        rest_s = load.expected_s(0 if load.found is None else left)
+        ahead_s = busy_s + self._rates.step_s(plan.prefill_tokens, 0)
+        beside_s = self._rates.step_s(0, len(plan.decodes))
+        if rest_s < ahead_s:
+            return 0  # the device is busy for so long anyway
+        if sequence.stalled_s + max(rest_s, beside_s) <= _MOST_STALLED_S:
+            active.stalled_since = now
+            return 0
+        if not self._rates.prefill_tokens_per_s:
+            return wanted
+
+        def compute_s(blocks: int) -> float:
+            return ahead_s + beside_s + self._rates.prefill_s(blocks * self._block_size)
+
+        blocks = meeting_point(left, compute_s, load.expected_s)
+        # Another step costs something, so it must be for something.
+        blocks = max(blocks, math.ceil(self._rates.step_tokens / self._block_size), 1)
+        tokens = (front + blocks) * self._block_size - sequence.computed
+        return wanted if wanted - tokens <= self._rates.step_tokens else tokens
 
     def cancel(self, sequence: Sequence) -> None:
-        self._active.pop(sequence).cancel()
+        self._active.pop(sequence).load.cancel()
 
     def cancel_all(self) -> None:
-        for load in self._active.values():
-            load.cancel()
+        for active in self._active.values():
+            active.load.cancel()
         self._active.clear()
 
-    def take_finished(self) -> list[tuple[Sequence, LoadResult]]:
-        results = [(sequence, load.poll()) for sequence, load in self._active.items()]
-        finished = [(sequence, result) for sequence, result in results if result is not None]
-        for sequence, _ in finished:
-            del self._active[sequence]
-        return finished
+    def _start(self, sequence: Sequence, first: int, end: int) -> _Active | None:
+        hashes = sequence.hashes[first:end]
+        most = min(len(hashes), self._host_blocks - sum(other.on_host for other in self._active.values()))
+        if most <= 0:
+            return None
+        recompute_s = [self._rates.prefill_s((i + 1) * self._block_size) for i in range(len(hashes))]
+        tenant = sequence.request.tenant
+        load = self._store.start_load(hashes, recompute_s, tenant, sequence.hashes[0], most)
+        return None if load is None else _Active(load, first, end, most)
+
+    def _place(
+        self, active: _Active, sequence: Sequence, blocks: list[EncodedBlock], found: int, front: int
+    ) -> None:
+        """Write `blocks` into the pages before the tail, as far down as `front`."""
+        active.taken += len(blocks)
+        if not active.tail:
+            active.end = active.first + found
+            active.tail = range(active.end, active.end)
+        elif active.first + found < active.end:  # the store has lost what joins the tail
+            active.load.cancel()
+            return
+        start = active.tail.start
+        blocks = blocks[: max(0, start - front)]
+        try:
+            self._copies.write([sequence.pages[start - 1 - i] for i in range(len(blocks))], blocks)
+        except ValueError:
+            log.exception("blocks of the store do not fit the KV cache")
+            active.load.cancel()
+            return
+        active.tail = range(start - len(blocks), active.tail.stop)
 
 
 class WriteBehind:

@@ -1,7 +1,8 @@
 """Where blocks live besides the GPU: the contract between the engine and the shared store.
 
-The engine never waits for a tier. It starts a load and polls it between steps; it offers blocks and forgets
-them. A tier answers every failure with fewer blocks, never with an exception and never with wrong data.
+The engine never waits for a tier. It starts a load and takes what has come between steps; it offers blocks
+and forgets them. A tier answers every failure with fewer blocks, never with an exception and never with wrong
+data.
 """
 
 from __future__ import annotations
@@ -38,23 +39,28 @@ class OfferedBlock:
     tenant: str
 
 
-@dataclass(frozen=True)
-class LoadResult:
-    """`blocks[i]` holds the KV of the i-th block asked for; a leading run, possibly empty. Codecs may differ,
-    none is less exact than the worker's own."""
-
-    blocks: list[EncodedBlock]
-    seconds: float
-
-
 class Load(Protocol):
-    """A load under way."""
+    """A run of blocks on its way from a tier, the last one first. No method blocks."""
 
-    def poll(self) -> LoadResult | None:
-        """The result once there is one; None while the load runs. Never blocks."""
+    @property
+    def found(self) -> int | None:
+        """Blocks of the run: as many of those asked for, from the first one on, as the tier has and is
+        willing to bring. None until it knows."""
+
+    @property
+    def over(self) -> bool:
+        """Nothing comes any more than what `take` gives now."""
+
+    def take(self) -> list[EncodedBlock]:
+        """What has come since the last call: each is the KV of the block before the one that came before it,
+        the first that of block `found - 1`. Codecs may differ, none is less exact than the worker's own."""
+
+    def expected_s(self, blocks: int) -> float:
+        """Predicted seconds until `blocks` more have come, by what this load has shown so far; until `found`
+        is known, for 0 blocks. One that stands still is expected to go on so for longer and longer."""
 
     def cancel(self) -> None:
-        """The request is gone: free what the load holds. Safe to call at any time, more than once."""
+        """No more blocks are wanted: free what the load holds. Safe to call at any time, more than once."""
 
 
 class StoreTier(Protocol):
@@ -65,12 +71,13 @@ class StoreTier(Protocol):
     """
 
     def start_load(
-        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes
+        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes, most: int
     ) -> Load | None:
-        """Begin to fetch a leading run of `hashes`, or None when the store cannot help (down, gate closed).
+        """Begin to fetch a leading run of `hashes` from its back, or None when the store cannot help (down,
+        gate closed). At most `most` blocks are brought; the load is over then.
 
-        `recompute_s[i]` is the predicted time to compute the first i+1 of them instead. The tier decides
-        how many blocks are worth loading from its measured bandwidth and latency; zero is an answer.
+        `recompute_s[i]` is the predicted time to compute the first i+1 of them instead, which goes on
+        meanwhile. The tier decides whether a load is worth it from its measured bandwidth and latency.
         """
 
     def offer(self, blocks: Sequence[OfferedBlock]) -> int:

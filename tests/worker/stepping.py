@@ -12,7 +12,7 @@ from services.worker.engine import Engine
 from services.worker.load import LoadedModel
 from services.worker.models.random import TINY, random_model
 from services.worker.request import Request, StepReport
-from services.worker.tiers import EncodedBlock, LoadResult, OfferedBlock
+from services.worker.tiers import EncodedBlock, OfferedBlock
 
 
 @functools.cache
@@ -91,7 +91,8 @@ class Stepped:
 
 
 class MemoryStore:
-    """A `StoreTier` in memory. A load is done after `polls` looks at it."""
+    """A `StoreTier` in memory. A load brings all it has when it is looked at for the `polls`-th time after
+    the first."""
 
     def __init__(self, polls: int = 2, room: int = 1_000_000) -> None:
         self.blocks: dict[bytes, OfferedBlock] = {}
@@ -104,7 +105,7 @@ class MemoryStore:
         self.retained: list[tuple[list[bytes], int, float | None, str]] = []
 
     def start_load(
-        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes
+        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes, most: int
     ) -> MemoryLoad | None:
         self.recompute_s.append(recompute_s)
         found: list[EncodedBlock] = []
@@ -114,7 +115,7 @@ class MemoryStore:
             found.append(self.blocks[hash].kv)
         if not found:
             return None
-        self.loads.append(MemoryLoad(found, self.polls))
+        self.loads.append(MemoryLoad(found, most, self.polls))
         return self.loads[-1]
 
     def offer(self, blocks: Sequence[OfferedBlock]) -> int:
@@ -145,14 +146,24 @@ class MemoryStore:
 
 
 class MemoryLoad:
-    def __init__(self, found: list[EncodedBlock], polls: int) -> None:
-        self.found = found
+    """A `Load` that says honestly how many turns are left of it, a turn taking a millisecond."""
+
+    def __init__(self, found: list[EncodedBlock], most: int, polls: int) -> None:
+        self.found = len(found)
+        self.over = False
         self.polls = polls
         self.cancelled = False
+        self._blocks = found[::-1][:most]
 
-    def poll(self) -> LoadResult | None:
+    def take(self) -> list[EncodedBlock]:
         self.polls -= 1
-        return LoadResult(self.found, 0.001) if self.polls < 0 else None
+        if self.over or self.polls >= 0:
+            return []
+        self.over = True
+        return self._blocks
+
+    def expected_s(self, blocks: int) -> float:
+        return 0.001 * self.polls
 
     def cancel(self) -> None:
-        self.cancelled = True
+        self.over = self.cancelled = True

@@ -172,7 +172,7 @@ def test_the_store_is_asked_with_the_time_that_computing_would_take() -> None:
     stepped = Stepped(store)
     stepped.engine.warm_up()
     stepped.run([make_request("a", prompt(64))])
-    (recompute_s,) = store.recompute_s
+    recompute_s = store.recompute_s[0]
     per_token_s = 1 / stepped.reports[0].stats.prefill_tokens_per_s  # type: ignore[union-attr]
     assert recompute_s == pytest.approx([16 * n * per_token_s for n in (1, 2, 3, 4)], rel=0.5)
     assert list(recompute_s) == sorted(recompute_s)
@@ -359,7 +359,7 @@ def test_a_cancel_during_a_load_is_passed_on() -> None:
     store.polls = 1_000_000
     stepped = Stepped(store)
     stepped.engine.submit(mixed()[15])
-    stepped.turn(3)
+    stepped.turn(1)
     assert stepped.engine._pool.referenced > 0
     stepped.engine.cancel(15)
     stepped.turn()

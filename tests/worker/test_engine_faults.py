@@ -91,7 +91,7 @@ def test_a_failed_step_beside_a_load_leaves_the_load_alone() -> None:
     stepped = Stepped(store, max_step_tokens=100)
     break_step(stepped, 0, late=False)
     stepped.engine.submit(mixed()[15])
-    stepped.run([make_request("short", prompt(10), max_tokens=2)])
+    stepped.run([make_request("short", prompt(10), max_tokens=2, priority=1)])
     assert stepped.finishes["short"].reason == "error"
     assert stepped.tokens[15] == alone()[15]
     assert stepped.starts[15].store_tokens == 192
@@ -130,7 +130,7 @@ def test_a_broken_engine_tells_everyone_and_is_not_healthy() -> None:
     engine = Engine(tiny_model(), EngineConfig(pages=128))
     reports: list[StepReport] = []
 
-    def plan(now: float) -> None:
+    def plan(now: float, busy_s: float) -> None:
         raise AssertionError("books do not balance")
 
     engine._scheduler.plan = plan  # type: ignore[method-assign, assignment]
@@ -150,7 +150,7 @@ def test_an_engine_that_is_stuck_in_a_step_is_not_healthy() -> None:
     engine = Engine(tiny_model(), EngineConfig(pages=128), clock=lambda: now[0])
     entered, leave = threading.Event(), threading.Event()
 
-    def plan(now: float) -> None:
+    def plan(now: float, busy_s: float) -> None:
         entered.set()
         leave.wait(30)
 

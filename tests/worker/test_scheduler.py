@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,18 +23,44 @@ MAX_LEN = 10_000
 STOP = 319
 
 
+class Load:
+    """What the test has the store bring of one sequence's blocks, from the back."""
+
+    def __init__(self, first: int, end: int) -> None:
+        self.first = first
+        self.end = end  # of the run that the store has
+        self.brought = 0
+        self.over = False
+        self.most_tokens = MAX_LEN  # of a chunk meanwhile
+        self.in_pages = 0  # of what was brought
+
+
 class Loader:
-    """A store that loads what it is told to hold, when the test says so."""
+    """A store that loads when and what the test says."""
 
     def __init__(self) -> None:
-        self.active: dict[Sequence, int] = {}
+        self.active: dict[Sequence, Load] = {}
         self.cancelled: list[Sequence] = []
         self.helps = True
+        self.written: Callable[[Sequence, int], None] = lambda sequence, block: None
 
     def start(self, sequence: Sequence, first_block: int) -> bool:
         if self.helps:
-            self.active[sequence] = first_block
+            assert sequence not in self.active
+            self.active[sequence] = Load(first_block, len(sequence.hashes))
         return self.helps
+
+    def fill(self, sequence: Sequence, front: int) -> range | None:
+        load = self.active[sequence]
+        end = load.end
+        while load.in_pages < load.brought and end - load.in_pages > front:
+            load.in_pages += 1
+            self.written(sequence, end - load.in_pages)
+        tail = range(end - load.in_pages, end)
+        return None if (load.over and not tail) or front >= end else tail
+
+    def most_tokens(self, sequence: Sequence, wanted: int, plan: StepPlan, now: float, busy_s: float) -> int:
+        return min(wanted, self.active[sequence].most_tokens)
 
     def cancel(self, sequence: Sequence) -> None:
         del self.active[sequence]
@@ -402,22 +429,24 @@ def test_a_failed_step_takes_its_block_names_back_and_sharers_start_over() -> No
 
 def test_blocks_loaded_below_those_of_a_failed_step_are_found_again() -> None:
     loader = Loader()
-    loader.helps = False
     bench = Bench(budget=200, loader=loader)
+    loader.helps = False
     doomed = bench.add(make_request("doomed", prompt(64)))
     plan = bench.plan()
     loader.helps = True
     loading = bench.add(make_request("loading", prompt(100)))
+    loader.active[loading].brought = 2  # blocks 4 and 5, while the step that fills blocks 0 to 3 runs
     later = bench.plan()
-    del loader.active[loading]
-    bench.scheduler.loaded(loading, 1, 0.0)  # block 4, while the step that fills blocks 0 to 3 runs
+    assert chunks(later) == [("loading", 96, 4)]
     end(bench.scheduler, doomed, "error", 0.0, bench.counters)
+    end(bench.scheduler, loading, "error", 0.0, bench.counters)
     for failed in (later, plan):
         bench.scheduler.undo(failed, 0.0)
     bench.steps.clear()
     loader.helps = False
-    assert chunks(bench.step()) == [("loading", 0, 64)], "up to the block that is still there"
-    assert chunks(bench.step()) == [("loading", 80, 20)]
+    bench.add(make_request("again", prompt(100)))
+    assert chunks(bench.step()) == [("again", 0, 64)], "up to the block that is still there"
+    assert chunks(bench.step()) == [("again", 96, 4)]
     bench.pool.check()
 
 
@@ -425,12 +454,16 @@ def test_what_a_failed_step_was_to_tell_the_tables_is_told_by_the_next() -> None
     loader = Loader()
     bench = Bench(loader=loader, budget=200)
     loading = bench.add(make_request("loading", prompt(64)))
-    bench.add(make_request("too short to load", prompt(10, 1)))
+    loader.active[loading].most_tokens = 0
+    bench.add(make_request("first", prompt(10, 1), priority=1))
     failed = bench.plan()
+    assert chunks(failed) == [("first", 0, 10)]
+    bench.scheduler.plan(0.0)
+    failed.placed |= bench.scheduler._placed
     bench.steps.clear()
     bench.scheduler.release(failed.chunks[0].sequence, 0.0)
     bench.scheduler.undo(failed, 0.0)
-    bench.scheduler.loaded(loading, 2, 0.0)
+    loader.active[loading].brought = 4
     plan = bench.plan()
     assert plan.placed[loading.slot] is loading
     assert [plan.pages[loading.slot, index] for index in range(5)] == loading.pages
@@ -439,28 +472,82 @@ def test_what_a_failed_step_was_to_tell_the_tables_is_told_by_the_next() -> None
 # ---- loads from the store
 
 
-def test_a_loading_sequence_holds_its_pages_and_lets_others_pass() -> None:
+def test_a_prompt_is_computed_from_the_front_until_it_meets_its_load() -> None:
     loader = Loader()
-    bench = Bench(loader=loader)
-    loading = bench.add(make_request("loading", prompt(60, 1)))
-    bench.add(make_request("short", prompt(10, 2)))
-    assert chunks(bench.step()) == [("short", 0, 10)]
-    assert loading.phase is Phase.LOADING
-    assert bench.pool.referenced == 4 + 1
+    bench = Bench(loader=loader, budget=32)
+    sequence = bench.add(make_request("a", prompt(170)))
+    load = loader.active[sequence]
+    load.brought = 1  # block 9 of 0 to 9
+    assert chunks(bench.step()) == [("a", 0, 32)]
+    load.brought = 5
+    assert chunks(bench.step()) == [("a", 32, 32)]
+    assert bench.pool.match(sequence.hashes) == sequence.pages[:4], "what is not met has no name"
+    load.brought = 7  # computing was at block 4: 3 would be too late
+    plan = bench.step()
+    assert chunks(plan) == [("a", 160, 10)]
+    assert loader.active == {}
+    assert (sequence.store_tokens, sequence.gpu_tokens) == (96, 0)
+    assert bench.pool.match(sequence.hashes) == sequence.pages[:10]
+    assert sequence.phase is Phase.DECODE
 
 
-def test_loaded_blocks_are_named_and_counted_and_the_rest_is_computed() -> None:
+def test_a_chunk_ends_where_the_load_has_got_to_and_the_next_begins_behind_it() -> None:
+    loader = Loader()
+    bench = Bench(loader=loader, budget=200)
+    sequence = bench.add(make_request("a", prompt(100)))
+    loader.active[sequence].brought = 3
+    assert chunks(bench.step()) == [("a", 0, 48)]
+    assert len(bench.pool.match(sequence.hashes)) == 6
+    assert chunks(bench.step()) == [("a", 96, 4)]
+
+
+def test_a_load_that_ends_early_leaves_what_it_brought() -> None:
+    loader = Loader()
+    bench = Bench(loader=loader, budget=32)
+    sequence = bench.add(make_request("a", prompt(100)))
+    loader.active[sequence].brought = 2
+    loader.active[sequence].over = True
+    assert [chunks(bench.step()) for _ in range(3)] == [[("a", 0, 32)], [("a", 32, 32)], [("a", 96, 4)]]
+
+
+def test_a_load_that_brings_nothing_is_forgotten_and_all_is_computed() -> None:
     loader = Loader()
     bench = Bench(loader=loader)
     sequence = bench.add(make_request("a", prompt(60)))
-    assert bench.scheduler.plan(0.0) is None
-    del loader.active[sequence]
-    bench.scheduler.loaded(sequence, 2, 0.0)
-    plan = bench.step()
-    assert chunks(plan) == [("a", 32, 28)]
-    assert plan.placed[sequence.slot] is sequence, "tables hear of it with its first step"
-    assert (sequence.store_tokens, sequence.gpu_tokens) == (32, 0)
-    assert len(bench.pool.match(sequence.hashes)) == 3
+    loader.active[sequence].over = True
+    assert chunks(bench.step()) == [("a", 0, 60)]
+    assert loader.active == {}
+    assert sequence.store_tokens == 0
+
+
+def test_a_step_is_short_while_a_load_is_expected_and_nobody_behind_makes_it_longer() -> None:
+    loader = Loader()
+    bench = Bench(loader=loader, budget=100)
+    loading = bench.add(make_request("loading", prompt(90, 1)))
+    loader.active[loading].most_tokens = 20
+    loader.helps = False
+    bench.add(make_request("behind", prompt(10, 2)))
+    assert chunks(bench.step()) == [("loading", 0, 20)]
+    loader.active[loading].most_tokens = 0
+    assert bench.scheduler.plan(0.0) is None, "it waits for a moment, and the device with it"
+    bench.add(make_request("urgent", prompt(10, 3), priority=1))
+    assert chunks(bench.step()) == [("urgent", 0, 10)], "who is served before it is not kept"
+    loader.active[loading].brought = 3
+    loader.active[loading].most_tokens = 100
+    assert chunks(bench.step()) == [("loading", 20, 12), ("behind", 0, 10)]
+
+
+def test_a_load_begins_when_its_sequence_is_queued_and_serves_it_when_it_is_admitted() -> None:
+    loader = Loader()
+    bench = Bench(loader=loader, running=1)
+    loader.helps = False
+    bench.add(make_request("first", prompt(10, 1), max_tokens=2))
+    bench.step()
+    loader.helps = True
+    queued = bench.add(make_request("queued", prompt(60, 2)))
+    loader.active[queued].brought = 3
+    bench.step()
+    assert chunks(bench.step()) == [("queued", 48, 12)]
 
 
 def test_only_blocks_that_are_not_on_the_device_are_loaded() -> None:
@@ -471,66 +558,103 @@ def test_only_blocks_that_are_not_on_the_device_are_loaded() -> None:
     bench.step()
     loader.helps = True
     sequence = bench.add(make_request("b", prompt(90)))
-    bench.scheduler.plan(0.0)
-    assert loader.active[sequence] == 2
+    assert loader.active[sequence].first == 2
+
+
+def test_a_store_that_was_of_no_help_is_asked_again_on_admission() -> None:
+    loader = Loader()
+    loader.helps = False
+    bench = Bench(loader=loader, running=1)
+    bench.add(make_request("first", prompt(10, 1), max_tokens=2))
+    bench.step()
+    sequence = bench.add(make_request("queued", prompt(60, 2)))
+    loader.helps = True
+    bench.step()
+    bench.step()
+    assert sequence in [*loader.active, *loader.cancelled]
 
 
 def test_one_load_serves_all_prompts_that_need_the_same_blocks() -> None:
     loader = Loader()
-    bench = Bench(loader=loader)
+    bench = Bench(loader=loader, budget=200)
     sequences = [bench.add(make_request(key, prompt(60))) for key in range(3)]
-    bench.add(make_request("other", prompt(10, seed=9)))
-    assert chunks(bench.step()) == [("other", 0, 10)]
+    bench.add(make_request("other", prompt(10, seed=9), priority=1))
     assert list(loader.active) == [sequences[0]]
-    del loader.active[sequences[0]]
-    bench.scheduler.loaded(sequences[0], 3, 0.0)
+    loader.active[sequences[0]].most_tokens = 16
+    assert chunks(bench.step()) == [("other", 0, 10), (0, 0, 16)]
+    loader.active[sequences[0]].brought = 2
     assert chunks(bench.step()) == [(0, 48, 12), (1, 48, 12), (2, 48, 12)]
-    assert [s.store_tokens for s in sequences] == [48, 0, 0]
+    assert [s.store_tokens for s in sequences] == [32, 0, 0]
     assert [s.gpu_tokens for s in sequences] == [0, 48, 48]
 
 
-def test_a_load_that_comes_back_empty_just_computes() -> None:
+def test_nobody_waits_for_the_load_of_a_sequence_that_is_served_after_it() -> None:
     loader = Loader()
-    bench = Bench(loader=loader)
-    sequence = bench.add(make_request("a", prompt(60)))
-    bench.scheduler.plan(0.0)
-    del loader.active[sequence]
-    bench.scheduler.loaded(sequence, 0, 0.0)
-    assert chunks(bench.step()) == [("a", 0, 60)]
+    bench = Bench(loader=loader, budget=60)
+    later = bench.add(make_request("later", prompt(60)))
+    loader.active[later].most_tokens = 0
+    urgent = bench.add(make_request("urgent", prompt(60), priority=1))
+    assert list(loader.active) == [later, urgent]
+    assert chunks(bench.step()) == [("urgent", 0, 60)]
+    assert chunks(bench.step()) == [("later", 48, 12)]
+    assert loader.active == {}
+    bench.pool.check()
 
 
 def test_blocks_that_another_computed_while_they_were_loaded_are_shared() -> None:
     loader = Loader()
     bench = Bench(loader=loader)
     sequence = bench.add(make_request("a", prompt(60)))
+    loader.active[sequence].most_tokens = 0
     bench.scheduler.plan(0.0)
-    pages = bench.pool.allocate(1, 0.0)
-    bench.pool.register(pages[0], sequence.hashes[0], sequence.parent(0))
-    del loader.active[sequence]
-    bench.scheduler.loaded(sequence, 2, 0.0)
-    assert sequence.pages[0] == pages[0]
-    bench.pool.release(pages[0], 0.0)
+    pages = bench.pool.allocate(2, 0.0)
+    for index, page in enumerate(pages):
+        bench.pool.register(page, sequence.hashes[index], sequence.parent(index))
+    loader.active[sequence].brought = 2
+    assert chunks(bench.step()) == [("a", 48, 12)]
+    assert sequence.pages[:2] == pages
+    assert (sequence.gpu_tokens, sequence.store_tokens) == (32, 16)
+    for page in pages:
+        bench.pool.release(page, 0.0)
     bench.pool.check()
 
 
-def test_a_cancel_while_loading_is_clean() -> None:
+@pytest.mark.parametrize("admitted", [False, True])
+def test_a_cancel_while_loading_is_clean(admitted: bool) -> None:
     loader = Loader()
     bench = Bench(loader=loader)
     sequence = bench.add(make_request("a", prompt(60)))
-    bench.scheduler.plan(0.0)
+    loader.active[sequence].most_tokens = 0
+    if admitted:
+        bench.scheduler.plan(0.0)
     bench.scheduler.release(sequence, 0.0)
     assert loader.cancelled == [sequence]
     assert (bench.pool.referenced, bench.scheduler.running) == (0, 0)
     bench.add(make_request("b", prompt(60)))
-    assert bench.scheduler.plan(0.0) is None
     assert len(loader.active) == 1, "the next one starts its own load"
+
+
+def test_a_preempted_sequence_gives_up_its_load_and_starts_another_when_it_comes_back() -> None:
+    loader = Loader()
+    bench = Bench(loader=loader, budget=32)
+    sequence = bench.add(make_request("a", prompt(100)))
+    loader.active[sequence].brought = 1
+    bench.step()
+    bench.scheduler._preempt(sequence, bench.now)
+    assert loader.active == {}
+    assert chunks(bench.step()) == [("a", 32, 32)]
+    assert loader.active[sequence].first == 2
 
 
 # ---- everything at once
 
 
 class Chaos:
-    """A scheduler under any order of requests, cancels, loads, failures and late commits."""
+    """A scheduler under any order of requests, cancels, loads, failures and late commits.
+
+    `kv` is what the pages really hold of prompts, steps and loads being the only ones to write: every row of
+    every step must find the KV of all tokens before it.
+    """
 
     def __init__(self, pages: int, running: int, depth: int) -> None:
         self.loader = Loader()
@@ -538,6 +662,10 @@ class Chaos:
         self.depth = depth
         self.live: list[Sequence] = []
         self.finishes: dict[object, int] = {}
+        self.loader.written = self.write_loaded
+        self.kv: dict[tuple[int, int], bytes] = {}  # (page, place in it) -> all tokens up to this one
+        self.written: dict[int, list[tuple[int, int]]] = {}  # by id of a plan under way
+        self.ends: dict[Sequence, tuple[int, int]] = {}  # (preemptions, tokens planned)
 
     def submit(self, a: int, b: int) -> None:
         key = len(self.finishes)
@@ -558,15 +686,48 @@ class Chaos:
 
     def load(self, a: int, b: int) -> None:
         if self.loader.active:
-            sequence = list(self.loader.active)[a % len(self.loader.active)]
-            first = self.loader.active.pop(sequence)
-            self.bench.scheduler.loaded(sequence, b % (len(sequence.hashes) - first + 1), self.bench.now)
+            load = list(self.loader.active.values())[a % len(self.loader.active)]
+            load.brought = min(load.brought + b % 3, load.end - load.first)
+            load.most_tokens = b
+            load.over = a > 30
+
+    def find_less(self, a: int, b: int) -> None:
+        """The store answers, and has not all of it."""
+        fresh = [load for load in self.loader.active.values() if not load.brought]
+        if fresh:
+            load = fresh[a % len(fresh)]
+            load.end = load.first + b % (load.end - load.first + 1)
+
+    def write_loaded(self, sequence: Sequence, block: int) -> None:
+        for place in range(BLOCK):
+            position = block * BLOCK + place
+            self.kv[sequence.pages[block], place] = bytes_of(sequence, position)
+
+    def launch(self, plan: StepPlan) -> None:
+        """What the step writes and reads."""
+        places = self.written[id(plan)] = []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            preemptions, planned = self.ends.get(sequence, (0, 0))
+            assert preemptions < sequence.preemptions or chunk.write_from >= planned, "computed once"
+            self.ends[sequence] = sequence.preemptions, chunk.start + chunk.length
+            for position in range(chunk.write_from, chunk.start + chunk.length):
+                place = sequence.pages[position // BLOCK], position % BLOCK
+                self.kv[place] = bytes_of(sequence, position)
+                places.append(place)
+        reads = [(chunk.sequence, chunk.start + chunk.length) for chunk in plan.chunks]
+        reads += zip(plan.decodes, plan.decode_starts, strict=True)
+        for sequence, length in reads:
+            for position in range(min(length, sequence.prompt_length)):
+                place = sequence.pages[position // BLOCK], position % BLOCK
+                assert self.kv[place] == bytes_of(sequence, position), f"{position} is read, not there"
 
     def step(self, a: int, b: int) -> None:
         plan = self.bench.scheduler.plan(self.bench.now)
         if plan is not None:
             self.bench.steps.append(plan)
             self.check_plan(plan)
+            self.launch(plan)
         if len(self.bench.steps) >= self.depth or (plan is None and self.bench.steps):
             for output in self.bench.commit(token=STOP if a == 7 else b % 2):
                 self.finishes[output.key] += output.finish is not None
@@ -595,6 +756,7 @@ class Chaos:
                     self.end(sequence, "error")
         for plan in reversed(plans):
             self.bench.scheduler.undo(plan, self.bench.now)
+            self.kv.update(dict.fromkeys(self.written[id(plan)], b"garbage"))
 
     def end(self, sequence: Sequence, reason: FinishReason) -> None:
         end(self.bench.scheduler, sequence, reason, self.bench.now, self.bench.counters)
@@ -607,8 +769,8 @@ class Chaos:
     def drain(self) -> None:
         """No more trouble: everything ends by itself."""
         self.loader.helps = False
-        while self.loader.active:
-            self.load(0, 0)
+        for load in self.loader.active.values():
+            load.most_tokens, load.over = MAX_LEN, True
         for _ in range(3_000):
             if not self.live:
                 break
@@ -647,8 +809,16 @@ class Chaos:
                 assert sequence.pages[: len(named)] == named, "it holds the pages that carry the names"
 
 
+def bytes_of(sequence: Sequence, position: int) -> bytes:
+    """What the KV of a prompt's token depends on."""
+    return sequence.tokens[: position + 1].tobytes()
+
+
 _KINDS = (
-    ["submit"] * 4 + ["run"] * 3 + ["step", "cancel", "load", "load", "switch_store", "fail", "fail_late"]
+    ["submit"] * 4
+    + ["run"] * 3
+    + ["step", "step", "cancel", "load", "load", "load", "load", "find_less"]
+    + ["switch_store", "fail", "fail_late"]
 )
 
 operations = st.lists(
@@ -670,3 +840,5 @@ def test_in_any_order_of_events_the_books_balance_and_everything_ends_once(
     assert not chaos.live
     assert set(chaos.finishes.values()) <= {1}
     assert chaos.bench.pool.referenced == 0
+    assert chaos.loader.active == {}
+    assert chaos.bench.scheduler._loading == {}

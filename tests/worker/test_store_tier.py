@@ -18,7 +18,7 @@ from services.cache_store.embedded import LocalRedis, find_server, start_redis
 from services.cache_store.functions import LAYOUT, StoreFunctions
 from services.cache_store.shards import Rendezvous
 from services.worker.store_tier import RedisStoreTier, StoreTierConfig
-from services.worker.tiers import EncodedBlock, Load, LoadResult, OfferedBlock
+from services.worker.tiers import EncodedBlock, Load, OfferedBlock
 from tests.cache_store.harness import chain
 from tests.cache_store.proxy import SlowProxy
 
@@ -28,6 +28,7 @@ PAGES = (2, 2, 1, 2, 16, 64)  # the same as the KV cache has it
 CAPACITY = 64 << 20
 SLOW_COMPUTE_S = 1.0  # a block: any load is worth it
 FAST_COMPUTE_S = 1e-7  # a block: no load is
+MOST = 1000  # blocks of a load
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +83,23 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None
         time.sleep(0.002)
 
 
-def result_of(load: Load | None, timeout_s: float = 20.0) -> LoadResult:
+def loaded(load: Load | None, timeout_s: float = 20.0) -> list[EncodedBlock]:
+    """What a load brings in all, the first block first."""
     assert load is not None
-    results: list[LoadResult] = []
+    blocks: list[EncodedBlock] = []
 
     def done() -> bool:
-        result = load.poll()
-        if result is not None:
-            results.append(result)
-        return result is not None
+        over = load.over
+        blocks.extend(load.take())
+        return over
 
     wait_until(done, timeout_s)
-    return results[0]
+    assert len(blocks) <= (load.found or 0)
+    return blocks[::-1]
+
+
+def start(tier: RedisStoreTier, hashes: list[bytes], costs: list[float], first: bytes = FIRST) -> Load | None:
+    return tier.start_load(hashes, costs, "t", first, MOST)
 
 
 def costs(count: int, each_s: float = SLOW_COMPUTE_S) -> list[float]:
@@ -159,11 +165,10 @@ def test_blocks_of_one_worker_come_to_another_bit_by_bit(
     hashes = chain("a", 40)
     blocks = offers(hashes, dtype)
     store_all(one, blocks)
-    result = result_of(other.start_load(hashes, costs(40), "t", FIRST))
-    assert len(result.blocks) == 40
-    assert result.seconds > 0
-    assert all(same(got, block.kv) for got, block in zip(result.blocks, blocks, strict=True))
-    assert result.blocks[0].payload.nbytes == 2 * 2 * 2 * 16 * 64 * dtype.itemsize
+    result = loaded(start(other, hashes, costs(40)))
+    assert len(result) == 40
+    assert all(same(got, block.kv) for got, block in zip(result, blocks, strict=True))
+    assert result[0].payload.nbytes == 2 * 2 * 2 * 16 * 64 * dtype.itemsize
     assert other.counts()["loaded_blocks"] == 40
 
 
@@ -173,7 +178,7 @@ def test_a_load_gives_the_leading_run_and_tells_what_it_learned(
     one, other = tiers(redis_server.url), tiers(redis_server.url)
     hashes = chain("a", 10)
     store_all(one, offers(hashes)[:6])
-    assert len(result_of(other.start_load(hashes, costs(10), "t", FIRST)).blocks) == 6
+    assert len(loaded(start(other, hashes, costs(10)))) == 6
     assert other.take_events() == (hashes[:6], [])
     assert list(other.wants(hashes, FIRST)) == [False] * 6 + [True] * 4
 
@@ -185,19 +190,19 @@ def test_a_suffix_of_a_prefix_can_be_loaded_alone(
     hashes = chain("a", 10)
     blocks = offers(hashes)
     store_all(tier, blocks)
-    result = result_of(tier.start_load(hashes[4:], costs(6), "t", FIRST))
-    assert [same(got, b.kv) for got, b in zip(result.blocks, blocks[4:], strict=True)] == [True] * 6
+    result = loaded(start(tier, hashes[4:], costs(6)))
+    assert [same(got, b.kv) for got, b in zip(result, blocks[4:], strict=True)] == [True] * 6
 
 
 def test_nothing_is_loaded_for_nothing(
     redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier]
 ) -> None:
     tier = tiers(redis_server.url)
-    assert tier.start_load([], [], "t", FIRST) is None
-    assert result_of(tier.start_load(chain("a", 3), costs(3), "t", FIRST)).blocks == []
+    assert start(tier, [], []) is None
+    assert loaded(start(tier, chain("a", 3), costs(3))) == []
 
 
-def test_a_flipped_byte_ends_the_run_before_it_and_is_counted(
+def test_a_flipped_byte_ends_the_load_behind_it_and_is_counted(
     redis_server: LocalRedis, redis: Redis, tiers: Callable[..., RedisStoreTier]
 ) -> None:
     tier = tiers(redis_server.url)
@@ -206,13 +211,13 @@ def test_a_flipped_byte_ends_the_run_before_it_and_is_counted(
     store_all(tier, blocks)
     key = min((key for key in redis.keys(f"reprise{LAYOUT}:{{p0}}:*") if hashes[5] in key), key=len)
     redis.setrange(key, 5000, bytes([redis.getrange(key, 5000, 5000)[0] ^ 1]))
-    result = result_of(tier.start_load(hashes, costs(8), "t", FIRST))
-    assert len(result.blocks) == 5
+    result = loaded(start(tier, hashes, costs(8)))
+    assert [same(got, block.kv) for got, block in zip(result, blocks[6:], strict=True)] == [True] * 2
     assert tier.counts()["quarantined:crc"] == 1
     assert tier.take_events() == ([], [hashes[5]])
     assert list(tier.wants(hashes, FIRST)) == [False] * 5 + [True] + [False] * 2
     store_all(tier, blocks[5:6])
-    assert len(result_of(tier.start_load(hashes, costs(8), "t", FIRST)).blocks) == 8
+    assert len(loaded(start(tier, hashes, costs(8)))) == 8
 
 
 def test_a_retention_reaches_blocks_that_are_stored_already(
@@ -236,8 +241,8 @@ def test_payloads_of_every_codec_come_to_another_worker_bit_by_bit(
     hashes = chain("a", 40)
     blocks = offers(hashes, codec=codec)
     store_all(one, blocks)
-    result = result_of(other.start_load(hashes, costs(40), "t", FIRST))
-    assert all(same(got, block.kv) for got, block in zip(result.blocks, blocks, strict=True))
+    result = loaded(start(other, hashes, costs(40)))
+    assert all(same(got, block.kv) for got, block in zip(result, blocks, strict=True))
 
 
 def test_frames_of_more_exact_codecs_are_read_and_of_coarser_ones_replaced(
@@ -249,25 +254,25 @@ def test_frames_of_more_exact_codecs_are_read_and_of_coarser_ones_replaced(
     for block, codec in zip(range(4), Codec, strict=True):  # one block each, the most exact first
         store_all(workers[codec], offers(hashes, codec=codec)[block : block + 1])
     for reader, tier in workers.items():
-        result = result_of(tier.start_load(hashes[:1], costs(1), "t", FIRST))
-        assert [block.codec for block in result.blocks] == [Codec.NONE], reader
-    result = result_of(workers[Codec.K8V4].start_load(hashes, costs(4), "t", FIRST))
-    assert [block.codec for block in result.blocks] == list(Codec)
+        result = loaded(start(tier, hashes[:1], costs(1)))
+        assert [block.codec for block in result] == [Codec.NONE], reader
+    result = loaded(start(workers[Codec.K8V4], hashes, costs(4)))
+    assert [block.codec for block in result] == list(Codec)
 
     int8 = workers[Codec.INT8]
-    result = result_of(int8.start_load(hashes, costs(4), "t", FIRST))
-    assert [block.codec for block in result.blocks] == [Codec.NONE, Codec.INT8]
-    assert int8.counts()["quarantined:coarser"] == 1
-    wait_until(lambda: list(int8.wants(hashes, FIRST)) == [False, False, True, False])
-    assert int8.offer(offers(hashes, codec=Codec.INT8)[2:3]) == 1
-    wait_until(lambda: written(int8) == 2)
-    result = result_of(workers[Codec.K8V4].start_load(hashes, costs(4), "t", FIRST))
-    assert [block.codec for block in result.blocks] == [Codec.NONE, Codec.INT8, Codec.INT8, Codec.K8V4]
+    for block in (3, 2):
+        assert loaded(start(int8, hashes, costs(4))) == [], "block 3 is coarser, then block 2 without it"
+        wait_until(lambda block=block: int8.wants(hashes, FIRST)[block])
+    assert int8.counts()["quarantined:coarser"] == 2
+    assert int8.offer(offers(hashes, codec=Codec.INT8)[2:]) == 2
+    wait_until(lambda: written(int8) == 3)
+    result = loaded(start(workers[Codec.K8V4], hashes, costs(4)))
+    assert [block.codec for block in result] == [Codec.NONE, Codec.INT8, Codec.INT8, Codec.INT8]
 
 
 @pytest.mark.parametrize("codec", [Codec.INT8, Codec.FP8, Codec.K8V4])
 @pytest.mark.parametrize("bits", [0x7F80, 0xFF80 - (1 << 16), 0x7FC0], ids=["inf", "-inf", "nan"])
-def test_scales_that_are_not_finite_end_the_run_and_are_counted(
+def test_scales_that_are_not_finite_end_the_load_and_are_counted(
     redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier], codec: Codec, bits: int
 ) -> None:
     tier = tiers(redis_server.url, codec=codec)
@@ -275,13 +280,12 @@ def test_scales_that_are_not_finite_end_the_run_and_are_counted(
     blocks = offers(hashes, codec=codec)
     blocks[5].kv.payload.view(torch.int16)[-1] = bits
     store_all(tier, blocks)
-    result = result_of(tier.start_load(hashes, costs(8), "t", FIRST))
-    assert len(result.blocks) == 5
+    assert len(loaded(start(tier, hashes, costs(8)))) == 2
     assert tier.counts()["quarantined:scales"] == 1
-    assert len(result_of(tier.start_load(hashes, costs(8), "t", FIRST)).blocks) == 5, "it has left the store"
+    assert len(loaded(start(tier, hashes, costs(8)))) == 5, "it has left the store"
 
 
-def test_an_fp8_code_that_is_nan_ends_the_run_too(
+def test_an_fp8_code_that_is_nan_ends_the_load_too(
     redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier]
 ) -> None:
     tier = tiers(redis_server.url, codec=Codec.FP8)
@@ -289,7 +293,7 @@ def test_an_fp8_code_that_is_nan_ends_the_run_too(
     blocks = offers(hashes, codec=Codec.FP8)
     blocks[1].kv.payload[7] = 0xFF
     store_all(tier, blocks)
-    assert len(result_of(tier.start_load(hashes, costs(2), "t", FIRST)).blocks) == 1
+    assert loaded(start(tier, hashes, costs(2))) == []
     assert tier.counts()["quarantined:scales"] == 1
 
 
@@ -338,7 +342,7 @@ def test_blocks_evicted_for_its_own_writes_are_reported_removed(
         held = held - set(removed) | set(stored)
     assert 5 <= len(held) <= 20
     other = tiers(redis_server.url)
-    assert all(len(result_of(other.start_load([block], costs(1), "t", FIRST)).blocks) == 1 for block in held)
+    assert all(len(loaded(start(other, [block], costs(1)))) == 1 for block in held)
 
 
 def test_a_block_whose_parent_was_evicted_makes_the_parent_wanted_again(
@@ -364,14 +368,14 @@ def test_the_gate_closes_on_a_slow_link_and_opens_on_a_fast_one(
     store_all(tiers(redis_server.url), offers(hashes))
     proxy = SlowProxy(port_of(redis_server), bytes_per_s=2e6)
     slow, fast = tiers(proxy.url), tiers(redis_server.url)
-    compute = costs(20, each_s=0.002)  # 32 KiB in 2 ms: worth it above 16 MB/s
+    compute = costs(20, each_s=0.0005)  # what 2 MB/s bring meanwhile saves 3 %
     for tier in (slow, fast):
-        result_of(tier.start_load(hashes, costs(20), "t", FIRST))  # optimistic, then measured
-    assert slow.start_load(hashes, compute, "t", FIRST) is None
+        loaded(start(tier, hashes, costs(20)))  # optimistic, then measured
+    assert start(slow, hashes, compute) is None
     assert slow.counts()["gate_closed"] == 1
     assert 0 < slow.tokens_per_s() < fast.tokens_per_s()
-    assert len(result_of(fast.start_load(hashes, compute, "t", FIRST)).blocks) > 0
-    assert slow.start_load(hashes, costs(20), "t", FIRST) is not None, "it computes slowly too"
+    assert loaded(start(fast, hashes, compute))
+    assert start(slow, hashes, costs(20)) is not None, "it computes slowly too"
     proxy.close()
 
 
@@ -379,24 +383,59 @@ def test_what_is_computed_in_no_time_is_never_loaded(
     redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier]
 ) -> None:
     tier = tiers(redis_server.url)
-    assert tier.start_load(chain("a", 20), costs(20, FAST_COMPUTE_S), "t", FIRST) is None
+    assert start(tier, chain("a", 20), costs(20, FAST_COMPUTE_S)) is None
     assert tier.counts() == {"gate_closed": 1}
 
 
-def test_a_load_that_takes_longer_than_computing_is_given_up_with_what_it_has(
+def test_a_load_comes_from_the_back_and_brings_no_more_than_it_may(
+    redis_server: LocalRedis, tiers: Callable[..., RedisStoreTier]
+) -> None:
+    tier = tiers(redis_server.url)
+    hashes = chain("a", 10)
+    blocks = offers(hashes)
+    store_all(tier, blocks)
+    load = tier.start_load(hashes, costs(10), "t", FIRST, 4)
+    result = loaded(load)
+    assert load is not None
+    assert load.found == 10
+    assert [same(got, block.kv) for got, block in zip(result, blocks[6:], strict=True)] == [True] * 4
+
+
+def test_a_load_that_stands_still_is_expected_later_and_later(
     server: LocalRedis, tiers: Callable[..., RedisStoreTier]
 ) -> None:
     tier = tiers(server.url)
     hashes = chain("a", 4)
     store_all(tier, offers(hashes))
     server.process.send_signal(signal.SIGSTOP)
-    load = tier.start_load(hashes, costs(4, each_s=0.05), "t", FIRST)
-    result = result_of(load)
-    assert result.blocks == []
-    assert 0.2 < result.seconds < 1.0, "the 200 ms of computing, not the timeout of the socket"
+    load = start(tier, hashes, costs(4))
+    assert load is not None
+    first_s = load.expected_s(4)
+    wait_until(lambda: load.expected_s(4) > 10 * first_s)
+    assert load.take() == []
+    load.cancel()
+    assert load.over
     server.process.send_signal(signal.SIGCONT)
-    wait_until(lambda: tier.counts().get("given_up") == 1)
-    assert len(result_of(tier.start_load(hashes, costs(4), "t", FIRST)).blocks) == 4
+    assert len(loaded(start(tier, hashes, costs(4)))) == 4
+
+
+def test_loads_in_the_queue_make_the_next_one_later(
+    server: LocalRedis, tiers: Callable[..., RedisStoreTier]
+) -> None:
+    tier = tiers(server.url)
+    hashes = chain("a", 400)
+    store_all(tier, offers(hashes[:4]))
+    server.process.send_signal(signal.SIGSTOP)
+    loads = [start(tier, hashes, costs(400)) for _ in range(8)]
+    expected_s = [load.expected_s(400) for load in loads if load is not None]
+    assert len(expected_s) == 8
+    assert expected_s[-1] > 2 * expected_s[0]
+    assert start(tier, hashes, costs(400, 2e-5)) is None, "computing is done before its turn comes"
+    for load in loads:
+        assert load is not None
+        load.cancel()
+    assert start(tier, hashes, costs(400, 2e-4)) is not None, "nothing is queued any more"
+    server.process.send_signal(signal.SIGCONT)
 
 
 # ---- cancel, kill, close --------------------------------------------------------------------------------
@@ -410,14 +449,13 @@ def test_a_cancelled_load_holds_nothing_and_no_lease(
     store_all(tiers(redis_server.url), offers(hashes))
     proxy = SlowProxy(port_of(redis_server), bytes_per_s=5e6)
     tier = tiers(proxy.url)
-    load = tier.start_load(hashes, costs(20), "t", FIRST)
+    load = start(tier, hashes, costs(20))
     assert load is not None
     time.sleep(after_s)  # the moment of the cancel, not a wait for anything
     load.cancel()
     load.cancel()
-    result = load.poll()
-    assert result is not None
-    assert result.blocks == []
+    assert load.over
+    assert load.take() == []
     functions = StoreFunctions(redis)
     wait_until(lambda: functions.evict(0)[1] == 0)
     proxy.close()
@@ -432,15 +470,15 @@ def test_redis_killed_in_the_middle_of_loads_and_writes_costs_misses_and_nothing
     hashes = chain("a", 200)
     blocks = offers(hashes)
     store_all(tier, blocks)
-    loads = [tier.start_load(hashes, costs(200), "t", FIRST) for _ in range(8)]
+    loads = [start(tier, hashes, costs(200)) for _ in range(8)]
     tier.offer(offers(chain("b", 100)))
     server.process.kill()
     server.stop()
-    results = [result_of(load) for load in loads if load is not None]
+    results = [loaded(load) for load in loads if load is not None]
     for result in results:
-        assert all(same(got, b.kv) for got, b in zip(result.blocks, blocks, strict=False))
+        assert all(same(got, b.kv) for got, b in zip(reversed(result), reversed(blocks), strict=False))
     wait_until(lambda: tier.tokens_per_s() == 0)
-    assert tier.start_load(hashes, costs(200), "t", FIRST) is None
+    assert start(tier, hashes, costs(200)) is None
     assert not any(tier.wants(chain("c", 3), FIRST))
 
     server = start_redis(find_server(), port=port, max_memory=256 << 20)
@@ -454,7 +492,7 @@ def test_redis_killed_in_the_middle_of_loads_and_writes_costs_misses_and_nothing
         wait_until(emptied)
         assert all(tier.wants(hashes, FIRST))
         store_all(tier, blocks)
-        assert len(result_of(tier.start_load(hashes, costs(200), "t", FIRST)).blocks) == 200
+        assert len(loaded(start(tier, hashes, costs(200)))) == 200
     finally:
         server.stop()
 
@@ -465,9 +503,9 @@ def test_a_store_that_was_never_there_is_asked_little_and_says_so(
     tier = tiers("redis://127.0.0.1:1/0")
     assert tier.tokens_per_s() == 0
     for i in range(10):
-        load = tier.start_load(chain(f"{i}", 3), costs(3), "t", FIRST)
-        assert load is None or result_of(load).blocks == []
-    wait_until(lambda: tier.start_load(chain("a", 3), costs(3), "t", FIRST) is None)
+        load = start(tier, chain(f"{i}", 3), costs(3))
+        assert load is None or loaded(load) == []
+    wait_until(lambda: start(tier, chain("a", 3), costs(3)) is None)
     tier.offer(offers(chain("a", 3)))
     assert tier.take_events() == ([], [])
 
@@ -491,11 +529,11 @@ def test_close_does_not_wait_for_a_store_that_hangs(
     hashes = chain("a", 4)
     store_all(tier, offers(hashes))
     server.process.send_signal(signal.SIGSTOP)
-    loads = [tier.start_load(hashes, costs(4), "t", FIRST) for _ in range(5)]
+    loads = [start(tier, hashes, costs(4)) for _ in range(5)]
     tier.offer(offers(chain("b", 4)))
     tier.close()
-    assert [load.poll() is not None for load in loads if load is not None] == [True] * 5
-    assert tier.start_load(hashes, costs(4), "t", FIRST) is None
+    assert [load.over for load in loads if load is not None] == [True] * 5
+    assert start(tier, hashes, costs(4)) is None
     assert tier.offer(offers(chain("c", 4))) == 0
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("store-")]
     tier.close()
@@ -513,8 +551,8 @@ def test_prefixes_spread_over_servers_and_each_is_whole_on_one(
     for hashes in prefixes:
         store_all(one, offers(hashes, first=hashes[0]))
     for hashes in prefixes:
-        assert len(result_of(other.start_load(hashes, costs(5), "t", hashes[0])).blocks) == 5
-        assert len(result_of(other.start_load(hashes[2:], costs(3), "t", hashes[0])).blocks) == 3
+        assert len(loaded(start(other, hashes, costs(5), hashes[0]))) == 5
+        assert len(loaded(start(other, hashes[2:], costs(3), hashes[0]))) == 3
         assert not any(one.wants(hashes, hashes[0]))
     assert set(other.take_events()[0]) == {block for hashes in prefixes for block in hashes}
     sizes = []
@@ -541,11 +579,11 @@ def test_a_server_that_is_down_costs_hits_of_its_own_prefixes_and_no_others(
         store_all(tier, offers(hashes, first=hashes[0]))
     both = tier.tokens_per_s()
     server.process.kill()
-    wait_until(lambda: tier.start_load(on_it[0], costs(3), "t", on_it[0][0]) is None)
+    wait_until(lambda: start(tier, on_it[0], costs(3), on_it[0][0]) is None)
     for hashes in elsewhere:
-        assert len(result_of(tier.start_load(hashes, costs(3), "t", hashes[0])).blocks) == 3
+        assert len(loaded(start(tier, hashes, costs(3), hashes[0]))) == 3
     for hashes in on_it:
-        assert tier.start_load(hashes, costs(3), "t", hashes[0]) is None
+        assert start(tier, hashes, costs(3), hashes[0]) is None
         assert not any(tier.wants(chain("new", 2), hashes[0]))
     assert all(tier.wants(chain("new", 2), elsewhere[0][0]))
     assert 0 < tier.tokens_per_s() < both * 2
