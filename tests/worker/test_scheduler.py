@@ -42,7 +42,14 @@ class Loader:
         self.active: dict[Sequence, Load] = {}
         self.cancelled: list[Sequence] = []
         self.helps = True
+        self.on_host = 0  # blocks from the first one on that is not in a page
         self.written: Callable[[Sequence, int], None] = lambda sequence, block: None
+
+    def held(self, sequence: Sequence, first_block: int) -> int:
+        return self.on_host
+
+    def restore(self, sequence: Sequence, first_block: int) -> int:
+        return min(self.on_host, len(sequence.hashes) - first_block)
 
     def start(self, sequence: Sequence, first_block: int) -> bool:
         if self.helps:
