@@ -6,10 +6,11 @@ least learned worth first, uses remembered beyond eviction. Pure: no clock, no t
 A block crosses the link to the store when there is a reason for it, and waits here until then:
     room       the store is not full (its threshold is 0)
     asked for  its request wants it kept longer than by default
-    used       a second request has used it, this time or before it left this memory
+    shared     two different blocks continue it: a prompt of many, which others may ask another worker for
     leaving    it goes from here and is worth more than what would go for it in the store
-With a block go those before it: the store takes none without its parent. Without host memory nothing is held
-back, for a block that is not written at first sight is gone (`python -m benchmarks.admission`).
+With a block go those before it: the store takes none without its parent. To be used again is no reason: while
+a block is here its users are sent here, and a copy that nobody uses leaves the store. Without host memory
+nothing is held back, for what is not written at first sight is gone. (`python -m benchmarks.admission`)
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class HostBlock:
     wish: Wish
     row: int
     filled: bool = False  # its payload is in the row; set by whoever copies it there
+    continuations: int = 0  # different blocks that have come after it
 
 
 class HostIndex:
@@ -88,6 +90,8 @@ class HostIndex:
         if not kept:
             return None, leaving
         block = self._blocks[hash] = HostBlock(hash, parent, first, depth, tenant, wish, self._free.pop())
+        if depth:
+            self._blocks[parent].continuations += 1
         _note(hash, self._stored, self._removed)
         return block, leaving
 
@@ -107,10 +111,13 @@ class HostIndex:
                 block.wish = wish
                 self._policy.retain([hash], tier(wish.priority))
 
-    def for_store(self, block: HostBlock, threshold: float) -> bool:
-        """Whether the store should have a block now that stays here."""
-        asked_for = block.wish.priority > DEFAULT_PRIORITY
-        return not threshold or asked_for or self._policy.uses(block.hash) > 1
+    def for_store(self, block: HostBlock, threshold: float) -> HostBlock | None:
+        """What the store should have now that a request brought or used `block`: it, the one before it, or
+        none."""
+        if not threshold or block.wish.priority > DEFAULT_PRIORITY:
+            return block
+        above = self._blocks.get(block.parent) if block.depth else None
+        return above if above is not None and above.continuations > 1 else None
 
     def path(self, block: HostBlock, wanted: Callable[[HostBlock], bool]) -> list[HostBlock]:
         """What to give to the store for `block`, the first block first: it, and those right before it that

@@ -96,14 +96,11 @@ class HostTier:
             self._counts["loaded_blocks"] += len(blocks)
         return len(blocks)
 
-    def use(self, hashes: Sequence[bytes], first: bytes) -> None:
+    def use(self, hashes: Sequence[bytes]) -> None:
         """A request's prompt began with these blocks, wherever they were found: once a request."""
         blocks = self._index.use(hashes, self._now_ms())
-        if self._store is not None:
-            threshold = self._store.threshold(first)
-            wanted = [block for block in blocks if self._index.for_store(block, threshold)]
-            if wanted:
-                self._give(wanted[-1])
+        if blocks:
+            self._give(blocks[-1])
 
     def take_host_events(self) -> tuple[list[bytes], list[bytes]]:
         """(stored, removed) block hashes of host memory since the last call."""
@@ -184,20 +181,26 @@ class HostTier:
         )
         for victim, worth in leaving:
             self._counts["evicted_blocks"] += 1
-            if self._store is not None:
-                if worth >= self._store.threshold(victim.first):
-                    self._give(victim)
-                else:
-                    self._counts["withheld_blocks"] += 1
+            if self._store is not None and worth < self._store.threshold(victim.first):
+                self._counts["withheld_blocks"] += 1
+            else:
+                self._give_path(victim)
         if block is None:
             return
         self._counts["kept_blocks"] += 1
         self._waiting += 1
         self._jobs.put(_Fill(block, offered.kv.payload))
-        if self._store is not None and self._index.for_store(block, self._store.threshold(block.first)):
-            self._give(block)
+        self._give(block)
 
     def _give(self, block: HostBlock) -> None:
+        """Have the store get what it should have because of this block."""
+        if self._store is not None:
+            threshold = self._store.threshold(block.first)
+            wanted = self._index.for_store(block, threshold)
+            if wanted is not None:
+                self._give_path(wanted)
+
+    def _give_path(self, block: HostBlock) -> None:
         for needed in self._index.path(block, self._store_wants):
             self._jobs.put(_Give(needed))
 

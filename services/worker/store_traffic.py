@@ -235,9 +235,8 @@ class WriteBehind:
         """A prompt is computed: pass on which blocks it hit and what it says of them, for those are not
         offered."""
         hit_tokens = sequence.gpu_tokens + sequence.host_tokens
-        if self._host is not None and sequence.hashes:
-            hits = hit_tokens // self._copies.shape.tokens
-            self._host.use(sequence.hashes[:hits], sequence.hashes[0])
+        if self._host is not None:
+            self._host.use(sequence.hashes[: hit_tokens // self._copies.shape.tokens])
         if not hit_tokens and not sequence.store_tokens:
             return
         blocks = [index for index in sequence.wishes if index < len(sequence.hashes)]

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _HEARTBEAT_S = 1.0  # how often to ask whether the store is there, still the same, and how full
 
 #: With so much of the capacity in use the store counts as full: the service evicts from 85 % down to 80 %.
-_FULL = 0.78
+FULL = 0.78
 _MOST_RETAINS = 256  # waiting to be told to the store
 _JOIN_S = 5.0
 
@@ -137,7 +137,7 @@ class StoreWriter:
         self._identity = identity
         margin = self._store.margin()
         if margin is not None:
-            room = margin.total < _FULL * margin.capacity
+            room = margin.total < FULL * margin.capacity
             self._threshold = 0.0 if room or margin.density is None else margin.density
 
     def _write(self, batch: Sequence[OfferedBlock]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,11 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.kv_payload import Codec
-from services.wire.messages import DEFAULT_PRIORITY
+from services.cache_store.embedded import find_server, start_redis
+from services.wire.messages import DEFAULT_PRIORITY, Start
 from services.worker.block_copies import BlockCopies
+from services.worker.config import EngineConfig
+from services.worker.engine import Engine
 from services.worker.host_index import HostBlock, HostIndex, Wish
 from services.worker.host_tier import HostTier
 from services.worker.kv import KVCache
+from services.worker.request import StepReport
+from services.worker.store_tier import RedisStoreTier, StoreTierConfig
 from services.worker.tiers import EncodedBlock, OfferedBlock
 from tests.cache_store.harness import chain
 from tests.worker.requests import make_request, prompt
@@ -85,28 +91,30 @@ def test_a_prefix_longer_than_the_memory_keeps_its_head() -> None:
 
 
 def test_a_block_waits_for_a_reason_to_cross_the_link() -> None:
-    index = HostIndex(4)
+    index = HostIndex(8)
     hashes = chain("a", 3)
     first, _ = add(index, hashes, 0)
     second, _ = add(index, hashes, 1, wish=Wish(80, None))
+    third, _ = add(index, hashes, 2)
     assert first is not None
     assert second is not None
-    assert index.for_store(first, 0.0), "the store has room"
-    assert not index.for_store(first, 0.01)
-    assert index.for_store(second, 0.01), "its request wants it kept"
-    index.use(hashes[:1], 1000)
-    assert index.for_store(first, 0.01), "a second request has used it"
+    assert third is not None
+    assert index.for_store(first, 0.0) is first, "the store has room"
+    assert index.for_store(first, 0.01) is None
+    assert index.for_store(second, 0.01) is second, "its request wants it kept"
+    index.use(hashes, 1000)
+    assert index.for_store(third, 0.01) is None, "to be used again is no reason"
 
 
-def test_uses_are_remembered_beyond_eviction() -> None:
-    index = HostIndex(1)
-    hashes, other = chain("a", 1), chain("b", 1)
-    add(index, hashes, 0)
-    add(index, other, 0, 1000)
-    assert hashes[0] not in index
-    block, _ = add(index, hashes, 0, 2000)
-    assert block is not None
-    assert index.for_store(block, 0.01)
+def test_what_two_blocks_continue_is_for_the_store() -> None:
+    index = HostIndex(8)
+    one = chain("a", 4)
+    other = [*one[:2], *chain("b", 2)]
+    blocks = [add(index, one, depth)[0] for depth in range(4)]
+    assert all(block is None or index.for_store(block, 0.01) is None for block in blocks)
+    fork, _ = add(index, other, 2)
+    assert fork is not None
+    assert index.for_store(fork, 0.01) is blocks[1]
 
 
 def test_what_the_store_wants_comes_with_what_it_lacks_before_it() -> None:
@@ -259,7 +267,7 @@ def test_alone_it_offers_to_nobody_and_loads_from_nowhere(tiers: Callable[..., H
     for name in ("a", "b"):
         assert tier.offer(offers(tier, chain(name, 1))) == 1
     tier.retain(chain("b", 1), 90, None, "t", ROOT)
-    tier.use(chain("b", 1), ROOT)
+    tier.use(chain("b", 1))
     assert tier.start_load(chain("c", 1), [1.0], "t", ROOT, 1) is None
     assert tier.take_events() == ([], [])
     assert tier.tokens_per_s() == 0.0
@@ -275,17 +283,33 @@ def test_a_store_with_room_gets_blocks_at_first_sight(tiers: Callable[..., HostT
     assert all(bool((block.kv.payload == hash_[0]).all()) for hash_, block in store.blocks.items())
 
 
-def test_a_full_store_gets_blocks_at_their_second_use_and_no_others(tiers: Callable[..., HostTier]) -> None:
+def test_a_full_store_gets_what_two_prompts_share_and_nothing_else(tiers: Callable[..., HostTier]) -> None:
     store = MemoryStore()
     store.worth_at_least = 1e9
-    tier = tiers(4, store)
-    hashes, once = chain("a", 3), chain("b", 1)
-    tier.offer(offers(tier, hashes))
-    tier.offer(offers(tier, once))
+    tier = tiers(8, store)
+    one = chain("a", 3)
+    other = [*one[:2], *chain("b", 1)]
+    tier.offer(offers(tier, one))
+    tier.use(one)
     wait_until(lambda: tier.idle)
-    tier.use(hashes[:2], hashes[0])
+    assert not store.blocks
+    tier.offer(offers(tier, other)[2:])
     settle(tier)
-    assert list(store.blocks) == hashes[:2]
+    assert list(store.blocks) == one[:2]
+
+
+def test_a_store_that_was_emptied_gets_its_blocks_again_when_they_are_used(
+    tiers: Callable[..., HostTier],
+) -> None:
+    store = MemoryStore()
+    tier = tiers(4, store)
+    hashes = chain("a", 3)
+    tier.offer(offers(tier, hashes))
+    wait_until(lambda: len(store.blocks) == 3)
+    store.blocks.clear()
+    tier.use(hashes)
+    settle(tier)
+    assert list(store.blocks) == hashes
 
 
 def test_a_full_store_gets_what_its_request_wants_kept_with_what_is_before_it(
@@ -311,7 +335,7 @@ def test_what_leaves_goes_to_the_store_if_it_is_worth_more_than_what_goes_there(
     store.worth_at_least = worth
     tier = tiers(2, store)
     hashes = chain("a", 2)
-    tier.use([], ROOT)  # from the first request on there are weights
+    tier.use([])  # from the first request on there are weights
     tier.offer(offers(tier, hashes))
     tier.offer(offers(tier, chain("b", 1)))
     settle(tier)
@@ -346,6 +370,13 @@ def stepped() -> Iterator[Callable[..., Stepped]]:
     for one in made:
         assert one.engine._host is not None
         one.engine._host.close()
+
+
+@pytest.fixture
+def any_store() -> Iterator[str]:
+    server = start_redis(find_server(), max_memory=256 << 20)
+    yield server.url
+    server.stop()
 
 
 def keep_all(one: Stepped) -> None:
@@ -417,7 +448,7 @@ def test_blocks_from_host_memory_are_shared_by_requests_of_one_step(
     one.check_empty()
 
 
-def test_the_first_owner_of_a_shared_prefix_gives_it_to_a_full_store_at_its_second_use(
+def test_the_first_owner_of_a_shared_prefix_gives_it_to_a_full_store_at_its_second_prompt(
     stepped: Callable[..., Stepped],
 ) -> None:
     store = MemoryStore()
@@ -431,6 +462,45 @@ def test_the_first_owner_of_a_shared_prefix_gives_it_to_a_full_store_at_its_seco
     keep_all(one)
     wait_until(lambda: len(store.blocks) == 4)
     assert list(store.blocks) == make_request(0, shared).hashes
+
+
+def test_with_a_real_store_nothing_is_lost_and_every_thread_ends(any_store: str) -> None:
+    """Two workers one after the other: what the first kept in host memory and gave, the second loads."""
+    spec, model = tiny_model().spec, tiny_model()
+    asked = prompt(200, seed=1)
+
+    def tier() -> RedisStoreTier:
+        shape = (spec.layers, 2, spec.kv_heads, BLOCK, spec.head_dim)
+        settings = {"fingerprint": b"f" * 16, "block_shape": shape, "capacity": 64 << 20}
+        return RedisStoreTier(StoreTierConfig(url=any_store, dtype=model.kv_dtype, **settings))  # type: ignore[arg-type]
+
+    cold: dict[object, list[int]] = {}
+    for number in range(2):
+        store = tier()
+        engine = Engine(model, EngineConfig(pages=128, max_step_tokens=64, host_bytes=HOST_BYTES), store)
+        starts: list[Start] = []
+        tokens: list[int] = []
+
+        def note(report: StepReport, starts: list[Start] = starts, tokens: list[int] = tokens) -> None:
+            for output in report.outputs:
+                tokens.extend(output.tokens)
+                if output.start is not None:
+                    starts.append(output.start)
+
+        engine.start(note)
+        engine.submit(make_request(number, asked, max_tokens=8))
+        wait_until(lambda: engine.idle)  # noqa: B023  same round
+        cold[number] = tokens
+        if number == 0:
+            wait_until(lambda: store.counts().get("written:stored", 0) >= 12)  # noqa: B023  same round
+        else:
+            assert starts[0].store_tokens > 0
+            wait_until(lambda: engine.host_counts().get("kept_blocks", 0) >= 12)  # noqa: B023  same round
+        engine.stop()
+        store.close()
+    assert cold[0] == cold[1]
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("store-")]
 
 
 def test_cancelled_and_preempted_requests_leave_nothing_behind(stepped: Callable[..., Stepped]) -> None:
