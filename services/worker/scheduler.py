@@ -198,7 +198,7 @@ class Scheduler:
 
     def _plan_chunk(self, sequence: Sequence, budget: int, plan: StepPlan, now: float, busy_s: float) -> int:
         """Plan up to `budget` tokens of a prefill; returns how much of the budget that takes: all of it when
-        a load is expected to be done before so many are computed."""
+        a load is expected to be done before so many are computed, or the sequence jumps."""
         self._take_held_blocks(sequence, now)
         tail = self._loaded_tail(sequence, now) if sequence.loading else None
         # A prompt that is held to its last token still computes that one: its logits are needed.
@@ -229,7 +229,10 @@ class Scheduler:
             self._prefill.remove(sequence)
             self._decode[sequence] = None
         elif tail and end == tail.start * self._block_size:
+            # What is behind the tail is for the next step, which must not wait for what others fill this with.
             self._jump(sequence, tail, now)
+            self._is_cut = True
+            return budget
         return end - start if most == wanted else budget
 
     def _take_held_blocks(self, sequence: Sequence, now: float) -> None:

@@ -569,7 +569,8 @@ def test_a_step_is_short_while_a_load_is_expected_and_nobody_behind_makes_it_lon
     assert chunks(bench.step()) == [("urgent", 0, 10)], "who is served before it is not kept"
     loader.active[loading].brought = 3
     loader.active[loading].most_tokens = 100
-    assert chunks(bench.step()) == [("loading", 20, 12), ("behind", 0, 10)]
+    assert chunks(bench.step()) == [("loading", 20, 12)], "then it jumps, and its last tokens must not wait"
+    assert chunks(bench.step()) == [("loading", 80, 10), ("behind", 0, 10)]
 
 
 def test_a_load_begins_when_its_sequence_is_queued_and_serves_it_when_it_is_admitted() -> None:
