@@ -229,7 +229,7 @@ class Scheduler:
             self._prefill.remove(sequence)
             self._decode[sequence] = None
         elif tail and end == tail.start * self._block_size:
-            # What is behind the tail is for the next step, which must not wait for what others fill this with.
+            # What is behind the tail is for the next step; it must not wait for what others fill this with.
             self._jump(sequence, tail, now)
             self._is_cut = True
             return budget
