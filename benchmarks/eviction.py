@@ -47,6 +47,7 @@ from services.cache_store.functions import (
     ROOT,
     SOURCE,
     WRITE,
+    Margin,
     NewBlock,
     StoreFunctions,
     owner_digest,
@@ -210,6 +211,9 @@ class ThroughRedis:
         for start in range(0, len(blocks), 64):  # as many as a call evicts at most
             self._write(blocks[start : start + 64])
         return found
+
+    def margin(self) -> Margin:
+        return self._store.margin()
 
     def evicted(self) -> int:
         return self._store.usage().counts.get("evicted:room", 0)

@@ -62,6 +62,13 @@ class Ours:
         policy.write(ids[found:], ids[found - 1] if found else None, now, wanted)
         return found
 
+    def __len__(self) -> int:
+        return len(self._policy)
+
+    def margin(self, now: int) -> float:
+        """What the next block to go is worth."""
+        return self._policy.margin(now)
+
 
 class _Block:
     __slots__ = ("children", "high_until", "key", "last", "parent", "uses")

@@ -37,6 +37,7 @@ from services.cache_store.functions import (
     NO_ROOM,
     ORPHAN,
     WRITE,
+    Margin,
     NewBlock,
     Reserved,
     StoreFunctions,
@@ -184,6 +185,10 @@ class BlockStore:
     def identity(self) -> bytes | None:
         """Names the store's contents: another value means that it was emptied. None: it cannot be reached."""
         return self._try(partial(self._functions.attach, self._capacity), None)
+
+    def margin(self) -> Margin | None:
+        """How full the store is and what its next victim is worth. None: unreachable."""
+        return self._try(self._functions.margin, None)
 
     def lookup(self, hashes: Sequence[bytes], tenant: str) -> Found | None:
         """The leading run of `hashes` that the store holds, leased: release it. None: unreachable."""

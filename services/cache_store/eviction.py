@@ -6,14 +6,15 @@ left are remembered as ghosts: a block that comes back goes on counting its uses
 return is a hit of the class it had, for which more room would have been needed.
 
 The same calls at the same times leave the same blocks in Redis (tests/cache_store/test_eviction.py). Ids are
-anything that can be ordered; equal ranks go by id. Times are ms and never fall. Room is counted in blocks:
+numbers or bytes; equal ranks go by id. Times are ms and never fall. Room is counted in blocks:
 leases, tenants and bytes are the functions' business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
+from typing import Generic, TypeVar
 
 from services.cache_store.worth import (
     AGES,
@@ -34,42 +35,49 @@ DEFAULT_TIER = 1
 MAX_DEATHS = 128
 
 
-class _Block:
+Id = TypeVar("Id", int, bytes)
+
+
+class _Block(Generic[Id]):
     __slots__ = ("children", "id", "last", "parent", "tier", "uses")
 
-    def __init__(self, id: int, parent: _Block | None, tier: int, uses: int, last: int) -> None:
-        self.id = id
-        self.parent = parent
+    def __init__(self, id: Id, parent: _Block[Id] | None, tier: int, uses: int, last: int) -> None:
+        self.id: Id = id
+        self.parent: _Block[Id] | None = parent
         self.children = 0
         self.tier = tier
         self.uses = uses
         self.last = last
 
 
-class ValuePolicy:
-    """A store of `capacity` blocks. `history` None never learns: plain LRU, leaf first."""
+class ValuePolicy(Generic[Id]):
+    """A store of `capacity` blocks. `history` None never learns: plain LRU, leaf first. `on_evict` hears of
+    every block that leaves, and what it was worth: hits a second of room, 0 while nothing is learned."""
 
-    def __init__(self, capacity: int, history: History | None) -> None:
+    def __init__(
+        self, capacity: int, history: History | None, on_evict: Callable[[Id, float], None] | None = None
+    ) -> None:
         self._capacity = capacity
         self._history = history
+        self._on_evict: Callable[[Id, float], None] | None = on_evict
         self._weights: Weights | None = None
         self._events = Events()
-        self._blocks: dict[int, _Block] = {}
-        self._queues: dict[int, list[tuple[int, int]]] = {}  # class -> heap of (last use, id), some stale
-        self._ghosts: dict[int, tuple[int, int, int]] = {}  # id -> last use, tier, uses
-        self._dying: list[tuple[int, int, int, int]] = []  # heap of (last use, tier, uses, id), some stale
+        self._blocks: dict[Id, _Block[Id]] = {}
+        self._queues: dict[int, list[tuple[int, Id]]] = {}  # class -> heap of (last use, id), some stale
+        self._ghosts: dict[Id, tuple[int, int, int]] = {}  # id -> last use, tier, uses
+        self._dying: list[tuple[int, int, int, Id]] = []  # heap of (last use, tier, uses, id), some stale
 
-    def __contains__(self, id: int) -> bool:
+    def __contains__(self, id: Id) -> bool:
         return id in self._blocks
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def uses(self, id: int) -> int:
+    def uses(self, id: Id) -> int:
         """Of a stored block, those before an eviction included."""
         return self._blocks[id].uses
 
-    def lookup(self, ids: Sequence[int], now: int) -> int:
+    def lookup(self, ids: Sequence[Id], now: int) -> int:
         """Length of the leading run that is stored, which this use refreshes."""
         self._events.lookups += 1
         found = 0
@@ -85,7 +93,7 @@ class ValuePolicy:
             self._enqueue(block)
         return found
 
-    def retain(self, ids: Sequence[int], tier: int) -> None:
+    def retain(self, ids: Sequence[Id], tier: int) -> None:
         """Stored blocks are wanted as this tier from now on."""
         for id in ids:
             block = self._blocks[id]
@@ -93,7 +101,7 @@ class ValuePolicy:
                 block.tier = tier
                 self._enqueue(block)
 
-    def write(self, ids: Sequence[int], parent: int | None, now: int, tier: int = DEFAULT_TIER) -> int:
+    def write(self, ids: Sequence[Id], parent: Id | None, now: int, tier: int = DEFAULT_TIER) -> int:
         """Store a run of blocks that continues `parent`, evicting what is worth least. Returns how many were
         stored: none of a run's own prefix is evicted for it."""
         self._bury(now)
@@ -120,6 +128,13 @@ class ValuePolicy:
             self._enqueue(above)
         return written
 
+    def margin(self, now: int) -> float:
+        """What the next block to go is worth; 0 while there is room or nothing is learned."""
+        if len(self._blocks) < self._capacity:
+            return 0.0
+        best = self._least(now)
+        return best[0] if best else 0.0
+
     def fold(self) -> None:
         """Learn from what has happened since the last fold."""
         if self._history is not None:
@@ -137,13 +152,14 @@ class ValuePolicy:
         event = value_class(tier, uses), age_bucket(age_ms)
         counts[event] = counts.get(event, 0) + 1
 
-    def _enqueue(self, block: _Block) -> None:
+    def _enqueue(self, block: _Block[Id]) -> None:
         if not block.children:
             queue = self._queues.setdefault(value_class(block.tier, block.uses), [])
             heappush(queue, (block.last, block.id))
 
-    def _evict(self, now: int) -> bool:
-        best: tuple[float, int, int] | None = None
+    def _least(self, now: int) -> tuple[float, int, Id] | None:
+        """Worth, last use and id of the leaf to lose first."""
+        best: tuple[float, int, Id] | None = None
         density = self._weights.density if self._weights else None
         for c, queue in self._queues.items():
             while queue and not self._waits(c, *queue[0]):
@@ -153,6 +169,10 @@ class ValuePolicy:
                 worth = density[c * AGES + age_bucket(now - last)] if density else 0.0
                 if best is None or (worth, last, id) < best:
                     best = worth, last, id
+        return best
+
+    def _evict(self, now: int) -> bool:
+        best = self._least(now)
         if best is None:
             return False
         block = self._blocks.pop(best[2])
@@ -163,9 +183,11 @@ class ValuePolicy:
             above.children -= 1
             above.last = max(above.last, block.last)
             self._enqueue(above)
+        if self._on_evict is not None:
+            self._on_evict(block.id, best[0])
         return True
 
-    def _waits(self, c: int, last: int, id: int) -> bool:
+    def _waits(self, c: int, last: int, id: Id) -> bool:
         """Whether an entry of a queue still says how things are."""
         block = self._blocks.get(id)
         return (
@@ -175,7 +197,7 @@ class ValuePolicy:
             and value_class(block.tier, block.uses) == c
         )
 
-    def _remembered(self, id: int, now: int) -> int:
+    def _remembered(self, id: Id, now: int) -> int:
         """Uses before the eviction of a block that comes back."""
         ghost = self._ghosts.pop(id, None)
         if ghost is None:

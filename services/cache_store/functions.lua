@@ -293,7 +293,8 @@ local function weights_of(store)
   return store.weights
 end
 
--- The head to lose first among those that may go for a block of `max_priority` and need not wait beyond `time`.
+-- The head to lose first among those that may go for a block of `max_priority` and need not wait beyond `time`,
+-- and its worth.
 local function least(store, heads, max_priority, time)
   local weights = weights_of(store)
   local best, best_worth
@@ -312,7 +313,7 @@ local function least(store, heads, max_priority, time)
       end
     end
   end
-  return best
+  return best, best_worth
 end
 
 -- Takes a block's payload away, and its record too unless children hang on it; goes on to its parent if
@@ -611,6 +612,18 @@ register('peek', function(keys, args)
     if not packed[i] or packed[i]:byte(1) ~= READY then return i - 1 end
   end
   return #args
+end, {'no-writes'})
+
+-- -> bytes stored, capacity, the density of the block that would go first or '' while nobody has learned any;
+-- changes nothing
+register('margin', function(keys)
+  local store = open(keys)
+  local worth = ''
+  if weights_of(store) then
+    local head, density = least(store, heads_of(store), MAX_PRIORITY, store.now)
+    if head then worth = string.format('%.17g', density) end
+  end
+  return {total(store), tonumber(redis.call('HGET', store.config, 'capacity') or 0), worth}
 end, {'no-writes'})
 
 -- id, fence: the reader is done with the run whose deepest block this is

@@ -109,6 +109,15 @@ class Reserved:
 
 
 @dataclass(frozen=True)
+class Margin:
+    """What writing one more block means."""
+
+    total: int  # bytes
+    capacity: int  # 0 = not configured
+    density: float | None  # hits a second (see worth.py) of the block to lose first; None = not learned
+
+
+@dataclass(frozen=True)
 class Usage:
     capacity: int  # bytes; 0 = not configured
     total: int
@@ -292,6 +301,11 @@ class StoreFunctions:
         pipeline.hget(self.key["config"], "identity")
         identity: bytes = pipeline.execute()[-1]
         return identity
+
+    def margin(self) -> Margin:
+        """How full the store is, and what the block is worth that goes next. Touches nothing."""
+        total, capacity, density = self._call("margin")
+        return Margin(total, capacity, float(density) if density else None)
 
     def usage(self) -> Usage:
         """Sizes and counters as they are now."""

@@ -125,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-running", type=int, help="sequences in one step (default 16; GPU 256)")
     add("--max-step-tokens", type=int, help="tokens computed in one step (default 512; GPU 8192)")
     add("--max-model-len", type=int, help="prompt and generated tokens; by default the model's own limit")
+    add(
+        "--host-cache",
+        type=size,
+        metavar="SIZE",
+        help="host memory for KV blocks that leave the pages, pinned on a GPU machine; by default none",
+    )
     add("--redis", metavar="URL[,URL...]", help="servers of the shared cache store; by default none")
     add(
         "--store-capacity",
@@ -159,6 +165,7 @@ def _config(options: argparse.Namespace) -> WorkerConfig:
             max_running=options.max_running,
             max_step_tokens=options.max_step_tokens,
             max_model_len=options.max_model_len,
+            host_bytes=options.host_cache,
             store_codec=options.store_codec,
         ),
         device=options.device,

@@ -65,7 +65,8 @@ class BlockCopies:
         self.codec = codec
         self.shape = KVShape.of(kv.storage)
         self._storage = kv.storage
-        self._stream = torch.cuda.Stream(kv.storage.device) if kv.storage.is_cuda else None
+        self.on_gpu = bool(kv.storage.is_cuda)
+        self._stream = torch.cuda.Stream(kv.storage.device) if self.on_gpu else None
 
     def warm_up(self) -> None:
         """Have every kernel compiled that can be needed. Overwrites page 0."""
@@ -90,8 +91,9 @@ class BlockCopies:
         payloads.record_stream(self._stream)  # its memory is not another's before the copy has run
         return Departure(self.codec, self.shape, on_host, begun, done)
 
-    def write(self, pages: Sequence[int], blocks: Sequence[EncodedBlock]) -> None:
-        """Put `blocks[i]` into `pages[i]`.
+    def write(self, pages: Sequence[int], blocks: Sequence[EncodedBlock]) -> torch.cuda.Event | None:
+        """Put `blocks[i]` into `pages[i]`. Returns when the device has read the payloads; None on a
+        CPU, which is done with them.
 
         Raises ValueError, with nothing written, if a payload is not of the size that its codec makes.
         """
@@ -110,6 +112,11 @@ class BlockCopies:
                 part = payloads[start : start + most]
                 decode(self._on_device(part), self._storage, pages[at : at + len(part)], codec)
                 at += len(part)
+        if self._stream is None:
+            return None
+        read = torch.cuda.Event()
+        read.record()
+        return read
 
     def _on_device(self, payloads: Sequence[torch.Tensor]) -> torch.Tensor:
         """[payload, byte]; on a CPU, where they come one by one, without a copy."""

@@ -104,19 +104,19 @@ class EngineCollector(Collector):
         return families
 
 
-class StoreCollector(Collector):
-    """The store tier's own counters, by name, read when scraped."""
+class TierCollector(Collector):
+    """A tier's own counters, by name, read when scraped."""
 
-    def __init__(self, counts: Callable[[], Mapping[str, int]], labels: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, text: str, counts: Callable[[], Mapping[str, int]], labels: dict[str, str]
+    ) -> None:
+        self._name = name
+        self._text = text
         self._counts = counts
         self._labels = labels
 
     def collect(self) -> Iterable[Metric]:
-        family = CounterMetricFamily(
-            "reprise_store_tier",
-            "What this worker did with the store: loads, written:stored, quarantined:…, errors, …",
-            labels=[*self._labels, "what"],
-        )
+        family = CounterMetricFamily(self._name, self._text, labels=[*self._labels, "what"])
         for what, count in self._counts().items():
             family.add_metric([*self._labels.values(), what], count)
         return [family]

@@ -91,11 +91,12 @@ def _start(sequence: Sequence, now: float, counters: Counters) -> Start:
     assert first_planned_s is not None, "a token came from a step that nobody planned"
     counters.prompt_tokens += sequence.prompt_length
     counters.hit_tokens["gpu"] += sequence.gpu_tokens
+    counters.hit_tokens["host"] += sequence.host_tokens
     counters.hit_tokens["store"] += sequence.store_tokens
     return Start(
         prompt_tokens=sequence.prompt_length,
         gpu_tokens=sequence.gpu_tokens,
-        host_tokens=0,
+        host_tokens=sequence.host_tokens,
         store_tokens=sequence.store_tokens,
         queue_s=max(0.0, first_planned_s - sequence.request.arrival_s),
         prefill_s=now - first_planned_s,

@@ -21,7 +21,8 @@ class EngineConfig:
     max_step_tokens: int = 512  # decodes and prefill chunks of one step: bounds how long a decode waits
     max_model_len: int | None = None  # lowers the model's own limit
     pipeline_depth: int = 1  # steps under way: 2 overlaps planning with the device
-    store_codec: str = "none"  # how blocks travel to the store, see kernels.kv_payload
+    host_bytes: int = 0  # host memory for blocks that leave the pages; 0 = none
+    store_codec: str = "none"  # how blocks travel to host memory and the store, see kernels.kv_payload
 
     @classmethod
     def for_device(cls, device: str, **given: Any) -> EngineConfig:
@@ -33,6 +34,10 @@ class EngineConfig:
         codec of those that halve them (perplexity within 0.03 % of the exact one, fp8 + 0.1 %:
         `python -m benchmarks.codecs`). On a CPU a load is worth it in any form, so blocks travel as they
         are: no text depends on where its prefix was held.
+
+        Host memory is nobody's unasked: pinned, it is taken from everything else on the machine, and it holds
+        what the pages hold, so that it is of use from about twice their blocks on. A CPU's pages are host
+        memory: `kv_bytes` says how much.
         """
         defaults: dict[str, Any] = {}
         if device.partition(":")[0] == "cuda":
@@ -48,6 +53,7 @@ class EngineConfig:
                 _at_least(name, getattr(self, name), 1)
         if not 0 < self.gpu_memory <= 1:
             raise ValueError(f"gpu_memory must be above 0 and at most 1, got {self.gpu_memory}")
+        _at_least("host_bytes", self.host_bytes, 0)
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 2)
         if self.max_step_tokens < self.max_running:

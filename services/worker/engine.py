@@ -23,6 +23,7 @@ from services.worker.check import RequestLimits, check_request
 from services.worker.commit import commit, end
 from services.worker.config import EngineConfig
 from services.worker.counters import Counters
+from services.worker.host_tier import HostTier
 from services.worker.inbox import Inbox
 from services.worker.kv import KVCache, page_bytes
 from services.worker.load import LoadedModel
@@ -107,9 +108,13 @@ class Engine:
         self._loads: StoreLoads | None = None
         self._write_behind: WriteBehind | None = None
         self._copies = BlockCopies(self.kv, Codec(config.store_codec))
-        if store is not None:
-            self._loads = StoreLoads(store, self._copies, self._rates, config.block_size)
-            self._write_behind = WriteBehind(store, self._copies, self._pool, self.counters, clock)
+        self._host: HostTier | None = None
+        tier = store
+        if config.host_bytes:
+            tier = self._host = HostTier(config.host_bytes, self._copies, store, clock)
+        if tier is not None:
+            self._loads = StoreLoads(tier, self._copies, self._rates, config.block_size, self._host)
+            self._write_behind = WriteBehind(tier, self._copies, self._pool, self.counters, clock, self._host)
         limits = Limits(config.block_size, config.max_running, config.max_step_tokens, group_prefixes=on_gpu)
         self._scheduler = Scheduler(limits, self._pool, self._loads)
 
@@ -129,7 +134,7 @@ class Engine:
         limits = self._scheduler.limits
         self.runner.capture()
         warm_up(self.runner, limits, self.pages, self.max_model_len, self._rates, self._clock)
-        if self.runner.on_gpu and self._store is not None:
+        if self.runner.on_gpu and self._loads is not None:
             self._copies.warm_up()
         self._stats = self._current_stats()
         self._kernels_warm = kernels_compiled()
@@ -171,10 +176,16 @@ class Engine:
         self._inbox.close("the engine was stopped")
         if self._thread is not None:
             self._thread.join()
+        if self._host is not None:
+            self._host.close()
 
     def memory(self) -> MemoryLedger | None:
         """Who has what of the GPU's memory now; None on a CPU."""
         return ledger(self._decoder, self.kv) if self._decoder.device.type == "cuda" else None
+
+    def host_counts(self) -> dict[str, int]:
+        """Counters of host memory (see HostTier.counts), empty without any."""
+        return self._host.counts() if self._host is not None else {}
 
     @property
     def idle(self) -> bool:
@@ -313,6 +324,8 @@ class Engine:
         stored: dict[Tier, list[bytes]] = {}
         removed: dict[Tier, list[bytes]] = {}
         stored["gpu"], removed["gpu"] = self._pool.take_events()
+        if self._host is not None:
+            stored["host"], removed["host"] = self._host.take_host_events()
         if self._store is not None:
             stored["store"], removed["store"] = self._store.take_events()
         stats = self._current_stats()

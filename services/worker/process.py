@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from kernels.kv_payload import Codec
 from services.wire.channel_server import bind
 from services.wire.messages import Hello, Stats
-from services.worker.collectors import EngineCollector, StoreCollector
+from services.worker.collectors import EngineCollector, TierCollector
 from services.worker.config import EngineConfig
 from services.worker.engine import Engine
 from services.worker.load import LoadedModel, load_model
@@ -126,7 +126,13 @@ class Worker:
         labels = server.labelled.labels
         self._registry.register(EngineCollector(engine.counters, engine.memory, labels))
         if store is not None:
-            self._registry.register(StoreCollector(store.counts, labels))
+            text = "What this worker did with the store: loads, written:stored, quarantined:…, errors, …"
+            self._registry.register(TierCollector("reprise_store_tier", text, store.counts, labels))
+        if config.engine.host_bytes:
+            text = (
+                "What this worker did with its host memory: blocks kept, evicted, loaded, given to the store"
+            )
+            self._registry.register(TierCollector("reprise_host_tier", text, engine.host_counts, labels))
         ProcessCollector(registry=self._registry)
         self._resources.push_async_callback(server.stop)
         await server.start(sock)

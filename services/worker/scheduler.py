@@ -45,7 +45,13 @@ class Limits:
 
 
 class BlockLoader(Protocol):
-    """The store, as the scheduler sees it."""
+    """Host memory and the store, as the scheduler sees them."""
+
+    def held(self, sequence: Sequence, first_block: int) -> int:
+        """How many blocks from `first_block` on are in host memory."""
+
+    def restore(self, sequence: Sequence, first_block: int) -> int:
+        """Put those into the sequence's pages; returns how many."""
 
     def start(self, sequence: Sequence, first_block: int) -> bool:
         """Begin to load blocks from `first_block` on, the last first; False when they are better computed, or
@@ -92,6 +98,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         sequence.order = (-sequence.request.priority, sequence.request.arrival_s, next(self._serials))
         held = len(self.pool.match(sequence.hashes))
+        if self._loader is not None:
+            held += self._loader.held(sequence, held)
         sequence.uncached = sequence.length - held * self._block_size
         insort(self._waiting, sequence, key=_order)
         self._start_load(sequence, held)
@@ -221,7 +229,7 @@ class Scheduler:
             self._prefill.remove(sequence)
             self._decode[sequence] = None
         elif tail and end == tail.start * self._block_size:
-            # What is behind the tail is for the next step, which must not wait for what others fill this with.
+            # What is behind the tail is for the next step; it must not wait for what others fill this with.
             self._jump(sequence, tail, now)
             self._is_cut = True
             return budget
@@ -273,7 +281,8 @@ class Scheduler:
         sequence.gpu_tokens += self._advance(sequence, len(held) * self._block_size)
         sequence.phase = Phase.PREFILL
         insort(self._prefill, sequence, key=_order)
-        self._start_load(sequence, len(held))
+        self._restore(sequence, len(held), now)
+        self._start_load(sequence, sequence.computed // self._block_size)
 
     def _make_room_for_decodes(self, now: float) -> None:
         """One page more for every decode that starts a block, taken from the last in order if need be."""
@@ -297,7 +306,24 @@ class Scheduler:
         self.preemptions += 1
         insort(self._waiting, sequence, key=_order)
 
-    # ---- loads from the store
+    # ---- loads from host memory and the store
+
+    def _restore(self, sequence: Sequence, first: int, now: float) -> None:
+        """Take the blocks from `first` on that host memory has."""
+        if self._loader is None:
+            return
+        end = first + self._loader.restore(sequence, first)
+        self._name(sequence, range(first, end), now)
+        sequence.host_tokens += self._advance(sequence, end * self._block_size)
+
+    def _name(self, sequence: Sequence, blocks: range, now: float) -> None:
+        """These blocks are in the sequence's pages, and those before them are named."""
+        for index in blocks:
+            held = self.pool.lookup(sequence.hashes[index])
+            if held is None:
+                self._register(sequence, index)
+            else:
+                self._share(sequence, index, held, now)
 
     def _start_load(self, sequence: Sequence, first: int) -> None:
         """Ask the store for the blocks from `first` on, once, unless a sequence before this one does."""
@@ -329,12 +355,8 @@ class Scheduler:
 
     def _jump(self, sequence: Sequence, tail: range, now: float) -> None:
         """All before `tail` is computed and the tail is in the sequence's pages: name it and go on behind."""
-        for index in range(max(tail.start, sequence.computed // self._block_size), tail.stop):
-            held = self.pool.lookup(sequence.hashes[index])
-            if held is None:
-                self._register(sequence, index)
-            else:
-                self._share(sequence, index, held, now)
+        first = max(tail.start, sequence.computed // self._block_size)
+        self._name(sequence, range(first, tail.stop), now)
         sequence.store_tokens += self._advance(sequence, tail.stop * self._block_size)
         self._end_load(sequence)
 

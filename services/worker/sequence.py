@@ -50,6 +50,7 @@ class Sequence:
         "first_planned_s",
         "gpu_tokens",
         "hashes",
+        "host_tokens",
         "length",
         "loading",
         "max_length",
@@ -92,6 +93,7 @@ class Sequence:
         self.awaits: bytes | None = None  # block that another sequence is loading for both
         self.uncached = self.prompt_length  # tokens to compute at admission, estimated on arrival
         self.gpu_tokens = 0  # prefix hits by tier
+        self.host_tokens = 0
         self.store_tokens = 0
         self.preemptions = 0
         self.first_planned_s: float | None = None

@@ -82,6 +82,9 @@ class RedisStoreTier:
     def wants(self, hashes: Sequence[bytes], first: bytes) -> Sequence[bool]:
         return self._shard(first).writer.wants(hashes)
 
+    def threshold(self, first: bytes) -> float:
+        return self._shard(first).writer.threshold
+
     def retain(
         self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str, first: bytes
     ) -> None:

@@ -15,6 +15,7 @@ from operator import attrgetter
 from services.worker.block_copies import BlockCopies, Departure
 from services.worker.counters import Counters
 from services.worker.gate import meeting_point
+from services.worker.host_tier import HostTier
 from services.worker.pages import PagePool
 from services.worker.plan import StepPlan
 from services.worker.rates import Rates
@@ -61,8 +62,16 @@ class _Active:
 class StoreLoads:
     """The loads of sequences, under way or waiting for their pages: the scheduler's `BlockLoader`."""
 
-    def __init__(self, store: StoreTier, copies: BlockCopies, rates: Rates, block_size: int) -> None:
+    def __init__(
+        self,
+        store: StoreTier,
+        copies: BlockCopies,
+        rates: Rates,
+        block_size: int,
+        host: HostTier | None = None,
+    ) -> None:
         self._store = store
+        self._host = host
         self._copies = copies
         self._rates = rates
         self._block_size = block_size
@@ -71,6 +80,14 @@ class StoreLoads:
 
     def __bool__(self) -> bool:
         return bool(self._active)
+
+    def held(self, sequence: Sequence, first_block: int) -> int:
+        return self._host.held(sequence.hashes[first_block:]) if self._host is not None else 0
+
+    def restore(self, sequence: Sequence, first_block: int) -> int:
+        if self._host is None:
+            return 0
+        return self._host.load(sequence.hashes[first_block:], sequence.pages[first_block:])
 
     def start(self, sequence: Sequence, first_block: int) -> bool:
         active = self._start(sequence, first_block, len(sequence.hashes))
@@ -181,8 +198,10 @@ class WriteBehind:
         pool: PagePool,
         counters: Counters,
         clock: Callable[[], float],
+        host: HostTier | None = None,
     ) -> None:
         self._store = store
+        self._host = host
         self._copies = copies
         self._pool = pool
         self._counters = counters
@@ -213,8 +232,12 @@ class WriteBehind:
                 self.add([sequence.block(index, page)])
 
     def retain(self, sequence: Sequence) -> None:
-        """A prompt is computed: pass on what it says of its blocks, for those that it hit are not offered."""
-        if not sequence.gpu_tokens and not sequence.store_tokens:
+        """A prompt is computed: pass on which blocks it hit and what it says of them, for those are not
+        offered."""
+        hit_tokens = sequence.gpu_tokens + sequence.host_tokens
+        if self._host is not None:
+            self._host.use(sequence.hashes[: hit_tokens // self._copies.shape.tokens])
+        if not hit_tokens and not sequence.store_tokens:
             return
         blocks = [index for index in sequence.wishes if index < len(sequence.hashes)]
         for wish, indices in groupby(sorted(blocks), key=sequence.retention):

@@ -23,7 +23,10 @@ from services.worker.tiers import OfferedBlock
 
 log = logging.getLogger(__name__)
 
-_HEARTBEAT_S = 1.0  # how often to ask whether the store is there and still the same
+_HEARTBEAT_S = 1.0  # how often to ask whether the store is there, still the same, and how full
+
+#: With so much of the capacity in use the store counts as full: the service evicts from 85 % down to 80 %.
+FULL = 0.78
 _MOST_RETAINS = 256  # waiting to be told to the store
 _JOIN_S = 5.0
 
@@ -40,6 +43,7 @@ class StoreWriter:
         self._retains: deque[tuple[Sequence[bytes], str, int, float | None]] = deque(maxlen=_MOST_RETAINS)
         self._queued: set[bytes] = set()  # hashes offered and not written yet
         self._identity: bytes | None = None  # of the store's contents
+        self._threshold = 0.0
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="store-write", daemon=True)
         self._thread.start()
@@ -48,6 +52,11 @@ class StoreWriter:
     def reached(self) -> bool:
         """Whether the store has ever answered."""
         return self._identity is not None
+
+    @property
+    def threshold(self) -> float:
+        """See `StoreTier.threshold`."""
+        return self._threshold
 
     def offer(self, blocks: Sequence[OfferedBlock]) -> int:
         with self._work:
@@ -109,7 +118,7 @@ class StoreWriter:
             try:
                 if time.monotonic() - checked_s >= _HEARTBEAT_S:
                     checked_s = time.monotonic()
-                    self._check_identity()
+                    self._check()
                 for retain in retains:
                     self._store.retain(*retain)
                 self._write(batch)
@@ -119,13 +128,17 @@ class StoreWriter:
                 with self._work:
                     self._queued.difference_update(block.hash for block in batch)
 
-    def _check_identity(self) -> None:
+    def _check(self) -> None:
         identity = self._store.identity()
         if identity is None:
             return
         if self._identity is not None and identity != self._identity:
             self._known.clear()  # the store was emptied
         self._identity = identity
+        margin = self._store.margin()
+        if margin is not None:
+            room = margin.total < FULL * margin.capacity
+            self._threshold = 0.0 if room or margin.density is None else margin.density
 
     def _write(self, batch: Sequence[OfferedBlock]) -> None:
         report = self._store.write(

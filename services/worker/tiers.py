@@ -87,6 +87,10 @@ class StoreTier(Protocol):
     def wants(self, hashes: Sequence[bytes], first: bytes) -> Sequence[bool]:
         """Which of these blocks `offer` would take now, so that the engine copies no page in vain."""
 
+    def threshold(self, first: bytes) -> float:
+        """What a block must be worth, in hits a second (services.cache_store.worth), to be written rather
+        than what would go for it. 0 while there is room, or nobody knows."""
+
     def retain(
         self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str, first: bytes
     ) -> None:

@@ -101,6 +101,20 @@ def test_hints_that_are_always_wrong_never_cost_more_than_a_hundredth_of_lru(wor
         assert replay(Ours(capacity), requests, said) >= 0.99 * lru
 
 
+def test_who_leaves_is_told_with_its_worth_and_the_margin_is_the_next_ones() -> None:
+    left: list[tuple[int, float]] = []
+    policy = ValuePolicy(3, History(), lambda id, worth: left.append((id, worth)))
+    policy.fold()
+    policy.write([1], None, 0)
+    policy.write([2], None, 1000)
+    assert policy.margin(2000) == 0.0, "there is room"
+    policy.write([3], None, 2000)
+    margin = policy.margin(60_000)
+    assert margin > 0
+    policy.write([4], None, 60_000)
+    assert left == [(1, margin)]
+
+
 # ---- in Redis --------------------------------------------------------------------------------------------
 
 
@@ -114,3 +128,17 @@ def test_redis_keeps_the_same_blocks_as_the_pure_policy(any_server: LocalRedis, 
             for number, (request, hint) in enumerate(zip(requests, said, strict=True)):
                 assert pure.request(request, hint) == real.request(request, hint), f"request {number}"
             assert real.evicted() > 500
+
+
+def test_redis_says_how_full_it_is_and_what_goes_next_is_worth(any_server: LocalRedis) -> None:
+    requests = chat_and_once(1, 300)
+    with Redis.from_url(any_server.socket_url) as redis:
+        pure, real = Ours(40), ThroughRedis(redis, 40)
+        for request in requests:
+            pure.request(request, None)
+            real.request(request, None)
+            margin = real.margin()
+            assert margin.total == len(pure) <= margin.capacity == 40
+            if margin.total == 40:
+                assert margin.density == pure.margin(request.at_ms)
+        assert margin.total == 40

@@ -103,6 +103,7 @@ class MemoryStore:
         self.new: list[bytes] = []
         self.most = 1_000_000  # blocks a load brings at most
         self.retained: list[tuple[list[bytes], int, float | None, str]] = []
+        self.worth_at_least = 0.0
 
     def start_load(
         self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes, most: int
@@ -128,6 +129,9 @@ class MemoryStore:
 
     def wants(self, hashes: Sequence[bytes], first: bytes) -> Sequence[bool]:
         return [hash not in self.blocks for hash in hashes]
+
+    def threshold(self, first: bytes) -> float:
+        return self.worth_at_least
 
     def retain(
         self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str, first: bytes

@@ -42,7 +42,14 @@ class Loader:
         self.active: dict[Sequence, Load] = {}
         self.cancelled: list[Sequence] = []
         self.helps = True
+        self.on_host = 0  # blocks from the first one on that is not in a page
         self.written: Callable[[Sequence, int], None] = lambda sequence, block: None
+
+    def held(self, sequence: Sequence, first_block: int) -> int:
+        return min(self.on_host, len(sequence.hashes) - first_block)
+
+    def restore(self, sequence: Sequence, first_block: int) -> int:
+        return self.held(sequence, first_block)
 
     def start(self, sequence: Sequence, first_block: int) -> bool:
         if self.helps:
@@ -181,6 +188,34 @@ def test_the_load_counts_uncached_prompt_tokens_of_running_and_waiting() -> None
     assert bench.scheduler.queued_prefill_tokens == 86
     bench.add(make_request("b", prompt(150)))
     assert bench.scheduler.queued_prefill_tokens == 86 + 150 - 64, "64 of them are on the device already"
+
+
+def test_blocks_of_host_memory_are_there_at_once_and_the_store_is_asked_for_the_rest() -> None:
+    loader = Loader()
+    loader.on_host = 3
+    bench = Bench(loader=loader)
+    sequence = bench.add(make_request("a", prompt(150)))
+    assert bench.scheduler.queued_prefill_tokens == 150 - 3 * BLOCK
+    load = loader.active[sequence]
+    assert load.first == 3
+    load.over = True
+    assert chunks(bench.step()) == [("a", 3 * BLOCK, 64)]
+    assert sequence.host_tokens == 3 * BLOCK
+    assert bench.pool.match(sequence.hashes)[:3] == sequence.pages[:3]
+    bench.plan()
+    (output,) = bench.commit()
+    assert output.start is not None
+    assert (output.start.gpu_tokens, output.start.host_tokens, output.start.store_tokens) == (0, 48, 0)
+
+
+def test_a_prompt_that_host_memory_has_to_its_last_token_computes_that_one() -> None:
+    loader = Loader()
+    loader.on_host = 100
+    bench = Bench(loader=loader)
+    sequence = bench.add(make_request("a", prompt(4 * BLOCK)))
+    assert not loader.active
+    assert chunks(bench.step()) == [("a", 4 * BLOCK - 1, 1)]
+    assert sequence.host_tokens == 4 * BLOCK
 
 
 # ---- sharing

@@ -16,6 +16,7 @@ from kernels.kv_payload import Codec
 from services.cache_store.address import Address
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
 from services.cache_store.functions import LAYOUT, StoreFunctions
+from services.cache_store.learning import learn
 from services.cache_store.shards import Rendezvous
 from services.worker.store_tier import RedisStoreTier, StoreTierConfig
 from services.worker.tiers import EncodedBlock, Load, OfferedBlock
@@ -228,6 +229,22 @@ def test_a_retention_reaches_blocks_that_are_stored_already(
     store_all(tier, offers(hashes))
     tier.retain(hashes, 90, 60.0, "t", FIRST)
     wait_until(lambda: redis.hlen(StoreFunctions(redis).key["retained"]) == 3)
+
+
+def test_a_block_must_be_worth_something_once_the_store_is_full_and_has_learned(
+    redis_server: LocalRedis, redis: Redis, tiers: Callable[..., RedisStoreTier]
+) -> None:
+    block_bytes = 2 * 2 * 2 * 16 * 64 * 4
+    tier = tiers(redis_server.url, capacity=12 * block_bytes)
+    store_all(tier, offers(chain("a", 2)))
+    functions = StoreFunctions(redis)
+    assert learn(functions, functions.events())
+    checked_s = time.monotonic()
+    wait_until(lambda: time.monotonic() - checked_s > 1.2)  # a heartbeat later
+    assert tier.threshold(FIRST) == 0.0, "there is room"
+    store_all(tier, offers(chain("b", 8)))
+    wait_until(lambda: tier.threshold(FIRST) > 0)
+    assert tier.threshold(FIRST) == pytest.approx(functions.margin().density, rel=0.5)
 
 
 # ---- codecs ---------------------------------------------------------------------------------------------
