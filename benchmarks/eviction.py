@@ -212,7 +212,7 @@ class ThroughRedis:
         return found
 
     def evicted(self) -> int:
-        return self._store.usage().counts.get("evicted:room", 0)
+        return self._store.usage().evicted("room")
 
     def metadata_bytes(self) -> tuple[float, float]:
         """A stored block, without ghosts; a ghost."""

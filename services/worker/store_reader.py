@@ -72,6 +72,11 @@ class StoreLoad:
     def over(self) -> bool:
         return self._seconds is not None
 
+    @property
+    def saved_s(self) -> float:
+        """Seconds of prefill that the blocks of a load stand for, once it is over; 0 if it was given up."""
+        return self.recompute_s[len(self._blocks) - 1] if self._blocks and not self.given_up else 0.0
+
     def add(self, blocks: list[EncodedBlock]) -> None:
         with self._lock:
             if self._seconds is None:
@@ -184,7 +189,7 @@ class StoreReader:
             self._read(load, found)
         finally:
             load.finish()  # before the release, which the engine need not wait for
-            self._store.release(found)
+            self._store.release(found, load.saved_s)
 
     def _read(self, load: StoreLoad, found: Found) -> None:
         count = self._worth_loading(load.recompute_s[: len(found.hashes)])
