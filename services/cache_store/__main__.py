@@ -9,8 +9,10 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 from redis import Redis
@@ -21,9 +23,10 @@ from services.cache_store.embedded import public_url
 from services.cache_store.functions import StoreFunctions
 from services.cache_store.operators import Operators, Server
 from services.cache_store.operators_http import OperatorsServer, operators_app
+from services.cache_store.recorder import Recorder, TraceFile
 from services.cache_store.service import LOW_WATERMARK, Upkeep
 from services.cache_store.tenants_file import TenantsFile
-from services.options import port, seconds, size
+from services.options import between, port, seconds, size
 
 #: An operator's question waits no longer for a server.
 _ANSWER_S = 2.0
@@ -81,24 +84,46 @@ def _start(options: argparse.Namespace, stop: threading.Event, ending: ExitStack
     print(f"cache store: upkeep of {where}, capacity {size_text}, metrics at {metrics}", flush=True)
 
     if keys:
-        servers = {name: _server(url, capacity, upkeeps[name], ending) for name, url in urls.items()}
+        servers = {
+            name: Server(_functions(url, ending), capacity, upkeeps[name].is_up) for name, url in urls.items()
+        }
         app = operators_app(Operators(servers), keys, tenants.names if tenants else dict)
         api = OperatorsServer(app, _listener(options.host, options.api_port))
         ending.callback(api.close)
         print(f"cache store: operators' API at http://{options.host}:{api.port}/v1/cache", flush=True)
 
+    if options.record is not None:
+        trace = _trace(options.record, options.block_size)
+        ending.callback(trace.close)
+        recorders = {name: Recorder(_functions(url, ending), trace) for name, url in urls.items()}
+        registry.register(ByServer(recorders))
+        for recorder in recorders.values():
+            _run(recorder.run, stop, ending=ending)
+
     # A thread each: one server that does not answer must not keep the others from their upkeep.
     for upkeep in upkeeps.values():
-        rounds = threading.Thread(target=upkeep.run, args=(stop, options.interval))
-        rounds.start()
-        ending.callback(rounds.join)
+        _run(upkeep.run, stop, options.interval, ending=ending)
+
+
+def _run(work: Callable[..., None], stop: threading.Event, *arguments: Any, ending: ExitStack) -> None:
+    """In a thread until `stop`."""
+    thread = threading.Thread(target=work, args=(stop, *arguments))
+    thread.start()
+    ending.callback(thread.join)
     ending.callback(stop.set)
 
 
-def _server(url: str, capacity: int, upkeep: Upkeep, ending: ExitStack) -> Server:
+def _trace(path: Path, block_size: int) -> TraceFile:
+    try:
+        return TraceFile(path, block_size)
+    except OSError as error:
+        raise _BadOption(f"--record {path}: {error.strerror}") from None
+
+
+def _functions(url: str, ending: ExitStack) -> StoreFunctions:
     redis = Redis.from_url(url, socket_timeout=_ANSWER_S, socket_connect_timeout=_ANSWER_S)
     ending.callback(redis.close)
-    return Server(StoreFunctions(redis), capacity, lambda: upkeep.usage is not None)
+    return StoreFunctions(redis)
 
 
 def _listener(host: str, number: int) -> socket.socket:
@@ -158,6 +183,19 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="keys of the API, one a line; default: REPRISE_STORE_API_KEYS, else there is no API",
+    )
+    add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="write what workers ask for there, anonymised, in Mooncake's format (docs/store.md)",
+    )
+    add(
+        "--block-size",
+        type=between(1, 4096),
+        default=64,
+        metavar="TOKENS",
+        help="the deployment's, for the lengths in the record (default %(default)s)",
     )
     add(
         "--tenants",

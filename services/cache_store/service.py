@@ -69,6 +69,10 @@ class Upkeep(Collector):
         self._servers = servers
         self._deletion = Deletion(self._functions, self._unlink)
 
+    def is_up(self) -> bool:
+        """Whether the last round reached Redis."""
+        return self.usage is not None
+
     def run(self, stop: threading.Event, interval_s: float) -> None:
         """One round every `interval_s` until `stop`; rounds that fail are tried again."""
         complained = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -282,7 +283,8 @@ def test_the_process_serves_operators_who_have_a_key(redis_server: LocalRedis, t
     keys.write_text("one\ntwo\n")
     tenants.write_text('{"alice": {"quota": "1GiB"}}')
     command = [sys.executable, "-m", "services.cache_store", "--redis", redis_server.url,
-               "--interval", "0.05", "--api-keys-file", str(keys), "--tenants", str(tenants)]  # fmt: skip
+               "--interval", "0.05", "--api-keys-file", str(keys), "--tenants", str(tenants),
+               "--record", str(tmp_path / "trace.jsonl"), "--block-size", "16"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
@@ -302,7 +304,9 @@ def test_the_process_serves_operators_who_have_a_key(redis_server: LocalRedis, t
         with Redis.from_url(redis_server.url) as redis:
             functions = StoreFunctions(redis)
             wait_until(lambda: functions.usage().quotas == {ALICE: 1 << 30})
+            wait_until(lambda: redis.exists(functions.key["trace"]))
             blocks = chain("a", 30)
+            functions.lookup(blocks, ALICE, 0)
             functions.commit(functions.reserve(new_blocks(blocks), 1000).fence, blocks)
             body = b'{"hashes": ["%s"], "ttl_s": 60}' % blocks[-1].hex().encode()
             assert ask("POST", "/pin", body)[0] == 200
@@ -312,6 +316,10 @@ def test_the_process_serves_operators_who_have_a_key(redis_server: LocalRedis, t
             wait_until(lambda: functions.usage().blocks == 3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
+        (line,) = (tmp_path / "trace.jsonl").read_text().splitlines()
+        assert json.loads(line) == {
+            "timestamp": 0, "input_length": 30 * 16, "output_length": 0, "hash_ids": list(range(30)),
+        }  # fmt: skip
     finally:
         process.kill()
         process.wait()
@@ -356,6 +364,8 @@ def test_the_process_keeps_every_server_of_a_store_and_does_without_one_that_is_
         (["--api-keys-file", "/no/such"], "--api-keys-file /no/such: "),
         (["--api-keys-file", "/dev/null"], "--api-keys-file /dev/null: holds no key"),
         (["--tenants", "/no/such"], "--tenants /no/such: "),
+        (["--record", "/no/such/file"], "--record /no/such/file: No such file or directory"),
+        (["--block-size", "0"], "must be from 1 to 4096, got '0'"),
         (["--tenants", "/dev/null"], "--tenants /dev/null: "),
         (["--redis", "localhost"], "--redis localhost: Redis URL must specify one of the following schemes"),
     ],
