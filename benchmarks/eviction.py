@@ -3,6 +3,7 @@
     python -m benchmarks.eviction TRACE                  # Mooncake's format; or chat, agents, batch, scans
     python -m benchmarks.eviction TRACE --json results/eviction.json --plot results/eviction.svg
     python -m benchmarks.eviction TRACE --redis          # the same replay through the Redis Functions
+    python -m benchmarks.eviction TRACE --twice          # the estimate of twice the memory, and a replay
     python -m benchmarks.eviction TRACE --sensitivity    # other parameters, each workload left out once
 
 A row is a policy, a column a capacity in percent of the trace's different blocks. The first row is the share
@@ -73,6 +74,9 @@ def main() -> int:
     print(f"{options.trace}: {len(requests)} requests, {unique} blocks, capacities {capacities}")
     if options.redis is not None:
         return compare_with_redis(options.redis, requests, options.capacities, capacities, options.seed)
+    if options.twice:
+        twice_the_memory(requests, options.capacities, capacities)
+        return 0
     if options.sensitivity:
         sensitivity(
             {options.trace: requests, **{name: make(options.seed) for name, make in GENERATORS.items()}}
@@ -216,7 +220,11 @@ class ThroughRedis:
         return self._store.margin()
 
     def evicted(self) -> int:
-        return self._store.usage().counts.get("evicted:room", 0)
+        return self._store.usage().evicted("room")
+
+    def returned_soon(self) -> int:
+        """Blocks that came back when they would still have been there with twice the memory."""
+        return self._store.usage().counts.get("returned_soon", 0)
 
     def metadata_bytes(self) -> tuple[float, float]:
         """A stored block, without ghosts; a ghost."""
@@ -262,6 +270,25 @@ def compare_with_redis(
                 print(f"{label:10}{percent:9g}%{pure:12.6f}{real:12.6f}{sizes}", flush=True)
     print("they differ by more than 1 %" if apart else "they agree within 1 %")
     return int(apart)
+
+
+def twice_the_memory(
+    requests: Sequence[Request], percents: Sequence[float], capacities: Sequence[int]
+) -> None:
+    """The metric `reprise_store_hit_blocks_at_twice_memory_total` at the end of a replay through Redis,
+    beside the hits of a replay with twice the capacity."""
+    asked = sum(len(request.ids) for request in requests)
+    print(f"\n{'capacity':>10}{'hits':>10}{'estimate':>10}{'twice':>10}{'off by':>10}")
+    with _server("") as redis:
+        for percent, capacity in zip(percents, capacities, strict=True):
+            store = ThroughRedis(redis, capacity)
+            hits = replay(store, requests, None)
+            estimate = hits + store.returned_soon() / asked
+            twice = replay(Ours(2 * capacity), requests, None)
+            print(
+                f"{percent:9g}%{hits:10.4f}{estimate:10.4f}{twice:10.4f}{estimate / twice - 1:+10.1%}",
+                flush=True,
+            )
 
 
 @contextmanager
@@ -357,6 +384,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="compare with the Redis Functions, on this empty server; without URL on one started for it",
     )
+    add("--twice", action="store_true", help="compare the store's estimate of twice its memory with a replay")
     add("--sensitivity", action="store_true", help="compare parameters, each workload left out once")
     return parser
 

@@ -232,11 +232,12 @@ class BlockStore:
         """Block `index` of a run was read and is of no use: it leaves the store, and what builds on it."""
         self._quarantine(found.names[index], reason)
 
-    def release(self, found: Found) -> None:
-        """End the leases of a run."""
+    def release(self, found: Found, saved_s: float = 0.0) -> None:
+        """End the leases of a run. `saved_s`: what it would have taken to compute what was loaded."""
         for last, fence in found.leases:
             if self._clock() < found.until:  # later it might end the lease of somebody else
-                self._try(partial(self._functions.release, last, fence), None)
+                self._try(partial(self._functions.release, last, fence, saved_s), None)
+                saved_s = 0.0  # counted once
 
     def write(self, blocks: Sequence[WriteBlock]) -> WriteReport:
         """Store blocks, parents before children."""

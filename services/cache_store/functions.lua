@@ -19,6 +19,7 @@
 local WRITING, READY, LOST = 0, 1, 2
 local RECORD = '>BBI6BBBHHI4I6c7c8c16'
 local VALUE, LAST, REST, RETAINED = 2, 3, 9, 11 -- where parts of a packed record start
+local CONDEMNED = 2 -- in the byte at RETAINED, beside the bit that it is retained
 local FENCE_START, FENCE_END = 26, 32
 local RETENTION, RETENTION_BYTES = '>c8BI6I6', 21
 local RESERVE_BLOCK, RETAIN_BLOCK = '>c16c16c8I4BI6', '>c16BI6'
@@ -39,6 +40,10 @@ local MAX_VICTIMS = 64 -- a call: about 1 ms of the server's only thread
 local MAX_EXAMINED = 1024 -- heads of the queue looked at in a call, protected ones included
 local MAX_DUE = 64 -- overdue reservations and retentions settled by a call that is about to evict
 local MAX_LEASE_MS, MAX_RESERVATION_MS = 30000, 60000
+local MAX_WALK = 4096 -- records that one call reads on the way from blocks to their roots: a few ms
+local MAX_PINNED = 1024 -- blocks a call
+local MAX_CONDEMNED = 64 -- prefixes at once
+local TRACE_LENGTH, TRACE_ID_BYTES = 4096, 8
 
 -- ---- one call's view of the store --------------------------------------------------------------------
 
@@ -47,10 +52,11 @@ local function open(keys)
   return {
     blocks = keys[1], leaves = keys[2], writing = keys[3], retained = keys[4], expiring = keys[5],
     bytes = keys[6], config = keys[7], dropped = keys[8], counts = keys[9],
-    owned = keys[10], ghosts = keys[11], events = keys[12], learned = keys[13],
+    owned = keys[10], ghosts = keys[11], events = keys[12], learned = keys[13], condemned = keys[14],
+    trace = keys[15],
     now = clock[1] * 1000 + math.floor(clock[2] / 1000),
     records = {}, changed = {}, charges = {}, gone = {}, used = {}, limits = {}, happened = {},
-    examined = 0, victims = 0,
+    evicted = {}, examined = 0, victims = 0, pinned = 0, walked = 0,
   }
 end
 
@@ -59,7 +65,7 @@ local function unpack_record(packed)
     struct.unpack(RECORD, packed)
   return {
     state = state, tier = math.floor(value / 16), uses = value % 16, last = last, priority = priority,
-    held = held, retained = retained, readers = readers, children = children, size = size, lease = lease,
+    held = held, retained = retained % 2, condemned = math.floor(retained / 2), readers = readers, children = children, size = size, lease = lease,
     fence = fence, owner = owner, parent = parent,
   }
 end
@@ -86,6 +92,11 @@ end
 local function total(store)
   if not store.total then store.total = tonumber(redis.call('HGET', store.bytes, 'total') or 0) end
   return store.total
+end
+
+-- What a block counts among the pinned bytes.
+local function pinned(record)
+  return record.priority == PINNED and record.size or 0
 end
 
 -- Bytes of an owner.
@@ -116,7 +127,7 @@ local function close(store)
     if r then
       put[#put + 1] = id
       put[#put + 1] = struct.pack(RECORD, r.state, r.tier * 16 + r.uses, r.last, r.priority, r.held,
-        r.retained, r.readers, r.children, r.size, r.lease, r.fence, r.owner, r.parent)
+        r.retained + 2 * (r.condemned or 0), r.readers, r.children, r.size, r.lease, r.fence, r.owner, r.parent)
     else
       delete[#delete + 1] = id
     end
@@ -129,6 +140,9 @@ local function close(store)
       redis.call('HINCRBY', store.bytes, 'total', bytes)
     end
   end
+  if store.pinned ~= 0 and redis.call('HINCRBY', store.bytes, 'pinned', store.pinned) == 0 then
+    redis.call('HDEL', store.bytes, 'pinned')
+  end
   for event, times in pairs(store.happened) do
     redis.call('HINCRBY', store.events, event, times)
   end
@@ -136,6 +150,16 @@ end
 
 local function count(store, what, by)
   if by > 0 then redis.call('HINCRBY', store.counts, what, by) end
+end
+
+local function count_evicted(store, reason)
+  for tier, blocks in pairs(store.evicted) do count(store, 'evicted:' .. reason .. ':' .. tier, blocks) end
+end
+
+-- For the recorder, which says that it reads by keeping the stream there: without it this is one EXISTS.
+local function tell_recorder(store, what, parts)
+  if redis.call('EXISTS', store.trace) == 0 then return end
+  redis.call('XADD', store.trace, 'NOMKSTREAM', 'MAXLEN', '~', TRACE_LENGTH, '*', what, table.concat(parts()))
 end
 
 -- ---- what is learned ---------------------------------------------------------------------------------
@@ -173,11 +197,14 @@ local function remember(store, id, record)
   redis.call('ZADD', store.ghosts, score, id:sub(1, GHOST_BYTES))
 end
 
--- Uses before its eviction of a block that comes back.
+-- Uses before its eviction of a block that comes back. With twice the memory it would still be there if fewer
+-- ghosts than there are blocks were used after it, without those that this call has made.
 local function remembered(store, id)
-  local score = tonumber(redis.call('ZSCORE', store.ghosts, id:sub(1, GHOST_BYTES)))
+  local short = id:sub(1, GHOST_BYTES)
+  local score = tonumber(redis.call('ZSCORE', store.ghosts, short))
   if not score then return 0 end
-  redis.call('ZREM', store.ghosts, id:sub(1, GHOST_BYTES))
+  local younger = redis.call('ZREVRANK', store.ghosts, short)
+  redis.call('ZREM', store.ghosts, short)
   local last, tier, uses = read_ghost(score)
   local age = store.now - last
   if age > GHOST_LIFE then
@@ -185,6 +212,8 @@ local function remembered(store, id)
     return 0
   end
   happen(store, 'h', tier, uses, age_bucket(age), 1)
+  count(store, 'returned:' .. class_of(tier, uses), 1)
+  if younger - store.victims < redis.call('HLEN', store.blocks) then count(store, 'returned_soon', 1) end
   return math.min(MAX_USES - 1, uses)
 end
 
@@ -329,6 +358,7 @@ local function remove(store, id)
     store.gone[#store.gone + 1] = id .. record.fence
     redis.call('SADD', store.dropped, id .. record.fence)
     charge(store, record.owner, -record.size)
+    store.pinned = store.pinned - pinned(record)
   end
   if record.children > 0 then
     record.state, record.size, record.fence, record.lease, record.readers = LOST, 0, NO_FENCE, 0, 0
@@ -338,6 +368,7 @@ local function remove(store, id)
     redis.call('HDEL', store.retained, id)
     redis.call('ZREM', store.expiring, id)
   end
+  if record.condemned == 1 then redis.call('SREM', store.condemned, id) end
   save(store, id, false)
   if record.parent == ROOT then return end
   local parent = get(store, record.parent)
@@ -369,6 +400,7 @@ local function evict(store, head, owner, time)
     return false
   end
   store.victims = store.victims + 1
+  store.evicted[record.tier] = (store.evicted[record.tier] or 0) + 1
   remember(store, id, record)
   remove(store, id)
   return true
@@ -434,7 +466,7 @@ end
 
 -- Forgets what has expired, writes the rest back and brings the effective priority and the queue up to date.
 local function settle_retentions(store, id, record, list)
-  local live = {}
+  local live, pinned_before = {}, pinned(record)
   for _, entry in ipairs(list) do
     if entry.expires > store.now then live[#live + 1] = entry end
   end
@@ -460,6 +492,7 @@ local function settle_retentions(store, id, record, list)
   record.retained = #packed > 0 and 1 or 0
   record.priority = live[1] and live[1].priority or DEFAULT_PRIORITY
   if record.held == 1 then record.priority = math.max(record.priority, DEFAULT_PRIORITY) end
+  store.pinned = store.pinned + pinned(record) - pinned_before
   record.tier = tier_of(asked or DEFAULT_PRIORITY)
   save(store, id, record)
   enqueue_if_leaf(store, id, record)
@@ -515,7 +548,7 @@ local function begin_anew_unless_books_add_up(store)
   local ends = redis.call('ZCARD', store.leaves) + redis.call('ZCARD', store.writing)
   if (blocks == 0) == (ends == 0) and (blocks == 0) == (total(store) == 0) then return end
   redis.call('UNLINK', store.blocks, store.leaves, store.owned, store.writing, store.retained, store.expiring,
-    store.bytes)
+    store.bytes, store.condemned)
   redis.call('HDEL', store.config, 'identity')
   count(store, 'begun_anew', 1)
   store.records, store.total, store.used = {}, nil, {}
@@ -560,10 +593,10 @@ register('lookup', function(keys, args)
   local stamp = struct.pack('>I6', store.now)
   for i = 1, asked do
     local id, record = args[i + 2], packed[i]
-    if not record or record:byte(1) ~= READY then break end
+    if not record or record:byte(1) ~= READY or record:byte(RETAINED) >= CONDEMNED then break end
     fences[i] = record:sub(FENCE_START, FENCE_END)
     local last = record:sub(LAST, REST - 1)
-    if record:byte(RETAINED) == 1 then
+    if record:byte(RETAINED) > 0 then
       local unpacked = unpack_record(record)
       use(store, unpacked)
       renew_retentions(store, id, unpacked, owner)
@@ -601,6 +634,11 @@ register('lookup', function(keys, args)
   count(store, 'lookups', 1)
   count(store, 'asked', asked)
   count(store, 'found', found)
+  tell_recorder(store, 'l', function()
+    local ids = {}
+    for i = 3, #args do ids[i - 2] = args[i]:sub(1, TRACE_ID_BYTES) end
+    return ids
+  end)
   close(store)
   return table.concat(fences)
 end, {'allow-oom'})
@@ -609,7 +647,8 @@ end, {'allow-oom'})
 register('peek', function(keys, args)
   local packed = redis.call('HMGET', keys[1], unpack(args))
   for i = 1, #args do
-    if not packed[i] or packed[i]:byte(1) ~= READY then return i - 1 end
+    local record = packed[i]
+    if not record or record:byte(1) ~= READY or record:byte(RETAINED) >= CONDEMNED then return i - 1 end
   end
   return #args
 end, {'no-writes'})
@@ -626,9 +665,10 @@ register('margin', function(keys)
   return {total(store), tonumber(redis.call('HGET', store.config, 'capacity') or 0), worth}
 end, {'no-writes'})
 
--- id, fence: the reader is done with the run whose deepest block this is
+-- id, fence, µs of prefill saved: the reader is done with the run whose deepest block this is
 register('release', function(keys, args)
   local store = open(keys)
+  count(store, 'saved_us', tonumber(args[3]))
   local record = get(store, args[1])
   if record and record.fence == args[2] and record.readers > 0 and record.lease > store.now then
     record.readers = record.readers - 1
@@ -688,6 +728,7 @@ register('reserve', function(keys, args)
 
   local function reserve(block)
     local id, record = block.id, get(store, block.id)
+    if record and record.condemned == 1 then return 'F' end
     if record and record.state == READY then
       use(store, record)
       save(store, id, record)
@@ -702,7 +743,7 @@ register('reserve', function(keys, args)
     if not record then
       if block.parent ~= ROOT then
         local parent = get(store, block.parent)
-        if not parent then return 'O' end
+        if not parent or parent.condemned == 1 then return 'O' end
         if parent.state == READY and parent.children == 0 then
           dequeue(store, block.parent, parent.owner)
         end
@@ -710,8 +751,8 @@ register('reserve', function(keys, args)
         save(store, block.parent, parent)
       end
       record = {
-        tier = 1, uses = 0, priority = DEFAULT_PRIORITY, held = 0, retained = 0, children = 0, last = 0,
-        parent = block.parent,
+        tier = 1, uses = 0, priority = DEFAULT_PRIORITY, held = 0, retained = 0, condemned = 0, children = 0,
+        last = 0, parent = block.parent,
       }
     end
     -- Reserved before room is made: a WRITING block and the blocks before it are not victims.
@@ -726,6 +767,7 @@ register('reserve', function(keys, args)
     record.size, record.last = block.size, store.now
     record.uses = math.min(MAX_USES, math.max(record.uses, remembered(store, id)) + 1)
     charge(store, block.owner, block.size)
+    store.pinned = store.pinned + pinned(record) -- it was lost
     retain_block(store, id, record, block.owner, block.priority, block.ttl)
     return 'W'
   end
@@ -733,7 +775,17 @@ register('reserve', function(keys, args)
   local statuses = {}
   for i = 1, #blocks do statuses[i] = reserve(blocks[i]) end
   if #deadlines > 0 then redis.call('ZADD', store.writing, unpack(deadlines)) end
-  count(store, 'evicted:room', store.victims)
+  count_evicted(store, 'room')
+  tell_recorder(store, 'w', function()
+    local written = {}
+    for i, status in ipairs(statuses) do
+      if status == 'W' then
+        written[#written + 1] = blocks[i].parent:sub(1, TRACE_ID_BYTES)
+        written[#written + 1] = blocks[i].id:sub(1, TRACE_ID_BYTES)
+      end
+    end
+    return written
+  end)
   close(store)
   return {table.concat(statuses), fence, table.concat(store.gone), store.victims >= MAX_VICTIMS and 1 or 0}
 end)
@@ -809,7 +861,7 @@ register('evict', function(keys, args)
   bury(store)
   local target = tonumber(args[1])
   while total(store) > target and store.victims < MAX_VICTIMS and evict_one(store, MAX_PRIORITY) do end
-  count(store, 'evicted:' .. args[2], store.victims)
+  count_evicted(store, args[2])
   close(store)
   return {table.concat(store.gone), total(store), store.victims >= MAX_VICTIMS and 1 or 0}
 end, {'allow-oom'})
@@ -825,17 +877,177 @@ register('upkeep', function(keys, args)
   return {reaped, expired, table.concat(store.gone)}
 end, {'allow-oom'})
 
+-- -> events, version and history, counts: all of one moment, also where Redis is out of memory (it then refuses
+-- transactions of any commands)
+register('events', function(keys)
+  return {
+    redis.call('HGETALL', keys[12]), redis.call('HMGET', keys[13], 'version', 'history'),
+    redis.call('HGETALL', keys[9]),
+  }
+end, {'no-writes'})
+
 -- version, history, weights, then event and count by turns -> 1 if taken: nobody has learned since that version.
 -- The counted events are folded into `history` and `weights`.
 register('learn', function(keys, args)
   local store = open(keys)
   if tonumber(redis.call('HGET', store.learned, 'version') or 0) ~= tonumber(args[1]) then return 0 end
+  local happened = {} -- for good, by what happened and class
   for i = 4, #args, 2 do
+    local event = args[i]
+    if #event == 3 then
+      local what = (event:sub(1, 1) == 'h' and 'uses:' or 'deaths:') .. event:byte(2)
+      happened[what] = (happened[what] or 0) + args[i + 1]
+    end
     if redis.call('HINCRBY', store.events, args[i], -tonumber(args[i + 1])) == 0 then
       redis.call('HDEL', store.events, args[i])
     end
   end
+  for what, times in pairs(happened) do count(store, what, times) end
   redis.call('HSET', store.learned, 'version', args[1] + 1, 'at', string.format('%.0f', store.now),
     'history', args[2], 'weights', args[3])
   return 1
+end, {'allow-oom'})
+
+-- ---- for operators -----------------------------------------------------------------------------------
+
+-- Where a prefix that ends in this block comes from: sums over the blocks from its root on, and the deepest block
+-- that several stored prefixes share. Nil if that is more to read than a call may.
+local function origin(store, id)
+  store.origins = store.origins or {}
+  local path, above = {}, nil
+  while id ~= ROOT do
+    above = store.origins[id]
+    if above then break end
+    if store.walked >= MAX_WALK then return end
+    store.walked = store.walked + 1
+    local found = get(store, id)
+    if not found then return end
+    path[#path + 1] = id
+    id = found.parent
+  end
+  for i = #path, 1, -1 do
+    local found = get(store, path[i])
+    local here = {
+      first = above and above.first or path[i],
+      blocks = (above and above.blocks or 0) + (found.state == READY and 1 or 0),
+      bytes = (above and above.bytes or 0) + found.size,
+      pinned_until = above and above.pinned_until or 0,
+      whole = found.state == READY and found.condemned == 0 and (not above or above.whole),
+    }
+    if found.priority == PINNED then
+      for _, entry in ipairs(read_retentions(store, path[i], found)) do
+        if entry.priority == PINNED then here.pinned_until = math.max(here.pinned_until, entry.expires) end
+      end
+    end
+    here.shared = found.children > 1 and {id = path[i], blocks = here.blocks, bytes = here.bytes}
+      or above and above.shared
+    store.origins[path[i]] = here
+    above = here
+  end
+  return above
+end
+
+-- limit, score and id of the leaf to go on behind ('' at the beginning) -> prefixes by their leaves, those that
+-- rank highest first, each packed; 1 if there are more
+register('prefixes', function(keys, args)
+  local store = open(keys)
+  local limit, score, id = tonumber(args[1]), args[2], args[3]
+  local found
+  if score == '' then
+    found = redis.call('ZRANGE', store.leaves, 0, limit, 'REV', 'WITHSCORES')
+  elseif redis.call('ZSCORE', store.leaves, id) == score then
+    local rank = redis.call('ZREVRANK', store.leaves, id)
+    found = redis.call('ZRANGE', store.leaves, rank + 1, rank + 1 + limit, 'REV', 'WITHSCORES')
+  else
+    found = redis.call('ZRANGE', store.leaves, '(' .. score, '-inf', 'BYSCORE', 'REV', 'LIMIT', 0, limit + 1,
+      'WITHSCORES')
+  end
+  local packed = {}
+  for i = 1, math.min(limit, #found / 2) do
+    local leaf, leaf_record = found[2 * i - 1], get(store, found[2 * i - 1])
+    if i > 1 and store.walked >= MAX_WALK then return {packed, 1} end
+    local from = origin(store, leaf)
+    if i > 1 and not from then return {packed, 1} end
+    if leaf_record then
+      from = from or {first = ROOT, blocks = 0, bytes = 0, pinned_until = 0, whole = false}
+      local shared = from.shared or {id = ROOT, blocks = 0, bytes = 0}
+      packed[#packed + 1] = struct.pack('>I7c16c16I4I7c16I4I7I6BBBI6BI6c8', found[2 * i], leaf, from.first,
+        from.blocks, from.bytes, shared.id, shared.blocks, shared.bytes,
+        math.max(0, store.now - leaf_record.last), leaf_record.priority, leaf_record.tier, leaf_record.uses,
+        math.max(0, from.pinned_until - store.now), from.whole and 1 or 0,
+        math.max(0, leaf_record.lease - store.now), leaf_record.owner)
+    end
+  end
+  return {packed, #found / 2 > limit and 1 or 0}
+end, {'no-writes'})
+
+-- owner, priority, ttl ms (0 takes it back), bytes that may be pinned, last blocks of prefixes -> what came of
+-- it (ok; missing and deleting with the block; room with the bytes that would be pinned; many), blocks, their
+-- bytes, all pinned bytes. Nothing is done unless all can be.
+register('pin', function(keys, args)
+  local store = open(keys)
+  local owner, priority, ttl, most = args[1], tonumber(args[2]), tonumber(args[3]), tonumber(args[4])
+  local ids, seen, bytes, more = {}, {}, 0, 0
+  for i = 5, #args do
+    local id = args[i]
+    while id ~= ROOT and not seen[id] do
+      if #ids >= MAX_PINNED then return {'many', args[i]} end
+      local found = get(store, id)
+      if not found or found.state ~= READY then return {'missing', args[i]} end
+      if found.condemned == 1 then return {'deleting', args[i]} end
+      seen[id] = true
+      ids[#ids + 1] = id
+      bytes = bytes + found.size
+      if priority == PINNED and ttl > 0 then more = more + found.size - pinned(found) end
+      id = found.parent
+    end
+  end
+  local now = tonumber(redis.call('HGET', store.bytes, 'pinned') or 0)
+  if more > 0 and now + more > most then return {'room', string.format('%.0f', now + more)} end
+  for _, id in ipairs(ids) do
+    local found = get(store, id)
+    if ttl > 0 then
+      retain_block(store, id, found, owner, priority, ttl)
+    elseif found.retained == 1 then
+      local list = read_retentions(store, id, found)
+      for _, entry in ipairs(list) do
+        if entry.owner == owner and entry.priority == priority then entry.expires = 0 end
+      end
+      settle_retentions(store, id, found, list)
+    end
+  end
+  close(store)
+  return {'ok', #ids, bytes, now + store.pinned}
+end, {'allow-oom'})
+
+-- id -> 1 if from now on no lookup finds it, nor what follows it, until all of that is gone; 0 it is not stored,
+-- -1 too many are
+register('condemn', function(keys, args)
+  local store = open(keys)
+  local id = args[1]
+  local found = get(store, id)
+  if not found then return 0 end
+  if found.condemned == 0 and redis.call('SCARD', store.condemned) >= MAX_CONDEMNED then return -1 end
+  redis.call('SADD', store.condemned, id)
+  found.condemned = 1
+  save(store, id, found)
+  close(store)
+  return 1
+end, {'allow-oom'})
+
+-- ids, children before parents -> one byte a block: 1 it is gone, 0 it has to wait for a reader or a child;
+-- names of dropped payloads. For condemned blocks and what follows them.
+register('drop', function(keys, args)
+  local store = open(keys)
+  fetch(store, args)
+  local gone = {}
+  for i, id in ipairs(args) do
+    local found = get(store, id)
+    if found and found.lease <= store.now and found.children == 0 then remove(store, id) end
+    gone[i] = get(store, id) and '0' or '1'
+    if not found then redis.call('SREM', store.condemned, id) end
+  end
+  count(store, 'deleted', #store.gone)
+  close(store)
+  return {table.concat(gone), table.concat(store.gone)}
 end, {'allow-oom'})

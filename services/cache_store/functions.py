@@ -3,14 +3,14 @@
 Keys of shard k, all in one slot by the hash tag (N = layout version, `LAYOUT`):
 
     repriseN:{sK}:blocks    HASH  block hash -> record, 58 bytes: state, tier and uses, last use, effective
-                                  priority, held bit, retained bit, readers, children, size, lease, fence,
-                                  owner, parent
+                                  priority, held bit, retained and condemned bits, readers, children,
+                                  size, lease, fence, owner, parent
     repriseN:{sK}:leaves    ZSET  leaves, score = (effective priority * 16 + class) * 2**42 + last use in ms
     repriseN:{sK}:owned     ZSET  the same by owner: owner + score + block hash, ordered as strings
     repriseN:{sK}:writing   ZSET  reservations -> deadline in ms
     repriseN:{sK}:retained  HASH  block hash -> its explicit retentions: owner, priority, ttl, expiry; up to 8
     repriseN:{sK}:expiring  ZSET  block hash -> earliest expiry among its retentions
-    repriseN:{sK}:bytes     HASH  owner -> bytes; `total`
+    repriseN:{sK}:bytes     HASH  owner -> bytes; `total`; `pinned`
     repriseN:{sK}:ghosts    ZSET  first 8 bytes of an evicted block's hash -> last use * 64 + tier and uses
     repriseN:{sK}:events    HASH  h or d, class, age -> hits or deaths since the last fold; n -> lookups
     repriseN:{sK}:learned   HASH  history and weights (worth.py), their version, when they were learned
@@ -18,6 +18,8 @@ Keys of shard k, all in one slot by the hash tag (N = layout version, `LAYOUT`):
                                   counter
     repriseN:{sK}:dropped   SET   names of payloads that no record needs, until somebody has unlinked them
     repriseN:{sK}:counts    HASH  counters for the metrics
+    repriseN:{sK}:condemned SET   blocks that operators deleted, until they and what follows them are gone
+    repriseN:{sK}:trace     STREAM what is looked up and written, there while somebody records (recorder.py)
     repriseN:{pJ}:<name>    STRING payload (see payloads.py); name = block hash + fence
 
 A fence is 7 bytes, new with every reservation. It is part of a payload's name, so a writer that comes too
@@ -121,13 +123,72 @@ class Margin:
 class Usage:
     capacity: int  # bytes; 0 = not configured
     total: int
+    pinned: int  # bytes of blocks that may not be evicted
     blocks: int
     leaves: int
     reservations: int
     dropped: int  # payloads waiting to be unlinked
     ghosts: int  # evicted blocks that are remembered
     owners: dict[bytes, int]  # bytes by owner digest
+    quotas: dict[bytes, int]
+    floors: dict[bytes, int]
     counts: dict[str, int]
+    events: Events  # not yet learned from
+
+    def evicted(self, reason: str) -> int:
+        """Blocks evicted for this reason."""
+        return sum(n for name, n in self.counts.items() if name.startswith(f"evicted:{reason}:"))
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A stored prefix, by the leaf that ends it. `shared_*` are of its leading blocks that other stored
+    prefixes have too. What is too long to be read in one call has `first` None and no blocks."""
+
+    score: int  # ranks it: the group of the leaf's queue, then its time there
+    last: bytes
+    first: bytes | None
+    blocks: int
+    size: int  # bytes
+    shared_last: bytes | None
+    shared_blocks: int
+    shared_size: int
+    idle_ms: int  # since the last use of the leaf
+    priority: int
+    tier: int  # see worth.tier
+    uses: int  # of the leaf, evictions survived included; counted up to worth.MAX_USES
+    pinned_ms: int  # until the last pin of any of its blocks ends
+    whole: bool  # no block on the way is lost or being deleted
+    leased_ms: int
+    owner: bytes
+
+    _FORMAT = ">7s16s16sI7s16sI7s6sBBB6sB6s8s"
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Prefix:
+        (score, last, first, blocks, size, shared, shared_blocks, shared_size, idle, priority, tier, uses,
+         pinned, whole, leased, owner) = struct.unpack(cls._FORMAT, packed)  # fmt: skip
+
+        def number(part: bytes) -> int:
+            return int.from_bytes(part, "big")
+
+        return cls(
+            number(score), last, None if first == ROOT else first, blocks, number(size),
+            None if shared == ROOT else shared, shared_blocks, number(shared_size), number(idle), priority,
+            tier, uses, number(pinned), bool(whole), number(leased), owner,
+        )  # fmt: skip
+
+
+class PinRefused(Exception):
+    """Nothing was pinned. `block` is the one at fault, None if it is the bytes."""
+
+    def __init__(self, message: str, block: bytes | None = None) -> None:
+        super().__init__(message)
+        self.block = block
+
+
+class TooManyDeletions(Exception):
+    """As many prefixes are being deleted as may be at once."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +242,8 @@ class StoreFunctions:
             "ghosts",
             "events",
             "learned",
+            "condemned",
+            "trace",
         )
         self.key = {name: b"reprise%d:{s%d}:%s" % (LAYOUT, shard, name.encode()) for name in names}
         self._head = (len(names), *self.key.values())  # every call declares all keys, in the Lua file's order
@@ -203,9 +266,10 @@ class StoreFunctions:
         length: int = self._call("peek", *_bounded(hashes))
         return length
 
-    def release(self, last: bytes, fence: bytes) -> None:
-        """End the lease that a lookup took, named by the last block it found."""
-        self._call("release", last, fence)
+    def release(self, last: bytes, fence: bytes, saved_s: float = 0.0) -> None:
+        """End the lease that a lookup took, named by the last block it found. `saved_s`: seconds of prefill
+        that the blocks have saved, for the metrics."""
+        self._call("release", last, fence, max(0, round(saved_s * 1e6)))
 
     def reserve(self, blocks: Sequence[NewBlock], life_ms: int) -> Reserved:
         """Ask to write `blocks`, parents before children; evicts to make room, at most 64 blocks a call.
@@ -273,13 +337,69 @@ class StoreFunctions:
             else:
                 self.redis.hset(self.key["config"], f"{name}:".encode() + owner, value)
 
+    def prefixes(self, limit: int, after: tuple[int, bytes] | None = None) -> tuple[list[Prefix], bool]:
+        """Stored prefixes, those that rank highest first: by effective priority, what their users ask for,
+        uses, last use. At most `limit` behind the one of this score and leaf, fewer where they are long; and
+        whether there are more. One that is used between two calls may come twice or never."""
+        score, leaf = ("", b"") if after is None else after
+        packed, more = self._call("prefixes", limit, score, leaf)
+        return [Prefix.unpack(prefix) for prefix in packed], bool(more)
+
+    def pin(
+        self, lasts: Sequence[bytes], owner: bytes, ttl_ms: int, most_bytes: int, priority: int = PINNED
+    ) -> tuple[int, int, int]:
+        """Retain the prefixes that end in the blocks `lasts`, all of their blocks, for `ttl_ms`; 0 takes it
+        back. Returns (blocks, their bytes, bytes of all pinned blocks). Raises PinRefused, and then has done
+        nothing, for a prefix that is not stored or being deleted, for more than 1,024 blocks, and where more
+        than `most_bytes` would be pinned."""
+        if priority != PINNED:
+            _check_priority(priority)
+        status, *values = self._call("pin", owner, priority, ttl_ms, most_bytes, *_bounded(lasts))
+        if status == b"ok":
+            blocks, size, pinned = values
+            return blocks, size, pinned
+        refusals = {
+            b"missing": "the prefix is not stored as a whole",
+            b"deleting": "the prefix is being deleted",
+            b"many": f"a call pins at most {MAX_BLOCKS} blocks",
+        }
+        if status in refusals:
+            raise PinRefused(refusals[status], values[0])
+        raise PinRefused(f"{int(values[0])} bytes would be pinned, {most_bytes} may be")
+
+    def condemn(self, block: bytes) -> bool:
+        """From now on no lookup finds a stored block, nor what follows it; `deletion` makes them go. False:
+        it is not stored. Raises TooManyDeletions."""
+        answer = self._call("condemn", block)
+        if answer < 0:
+            raise TooManyDeletions("too many prefixes are being deleted")
+        return bool(answer)
+
+    def condemned(self) -> set[bytes]:
+        """Blocks that are to go, with what follows them."""
+        return set(self.redis.smembers(self.key["condemned"]))  # type: ignore[arg-type]
+
+    def drop(self, blocks: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+        """Remove condemned blocks or what follows them, children before parents, whatever their rank.
+        Returns those that have to wait, for a reader or a child, and names of payloads to unlink."""
+        gone, dropped = self._call("drop", *_bounded(blocks))
+        waiting = [block for block, flag in zip(blocks, gone, strict=True) if flag == ord("0")]
+        return waiting, _names(dropped)
+
+    def stored(self, blocks: Sequence[bytes]) -> list[bool]:
+        """Whether there is a record of each."""
+        return [record is not None for record in self.redis.hmget(self.key["blocks"], list(_bounded(blocks)))]
+
+    def parents(self, cursor: int, count: int) -> tuple[int, dict[bytes, bytes]]:
+        """The cursor of the next slice, 0 at the end; about `count` of all records, block -> parent."""
+        records: dict[bytes, bytes]
+        cursor, records = self.redis.hscan(self.key["blocks"], cursor, count=count)  # type: ignore[assignment]
+        return cursor, {block: record[-HASH_BYTES:] for block, record in records.items()}
+
     def events(self) -> Learning:
         """What has happened since somebody learned last, and what had been learned by then."""
-        pipeline = self.redis.pipeline(transaction=True)
-        pipeline.hgetall(self.key["events"])
-        pipeline.hmget(self.key["learned"], "version", "history")
-        counts, (version, history) = pipeline.execute()
-        return Learning(int(version or 0), history or b"", {e: int(n) for e, n in counts.items()})
+        learning, _ = self._events()
+        return learning
 
     def learn(self, learning: Learning, history: bytes, weights: bytes) -> bool:
         """Make `weights` the ones to evict by, for ten minutes. False if somebody else has learned since
@@ -309,27 +429,35 @@ class StoreFunctions:
 
     def usage(self) -> Usage:
         """Sizes and counters as they are now."""
+        learning, counts = self._events()
         pipeline = self.redis.pipeline(transaction=False)
-        pipeline.hget(self.key["config"], "capacity")
+        pipeline.hgetall(self.key["config"])
         pipeline.hlen(self.key["blocks"])
         pipeline.zcard(self.key["leaves"])
         pipeline.zcard(self.key["writing"])
         pipeline.scard(self.key["dropped"])
         pipeline.zcard(self.key["ghosts"])
         pipeline.hgetall(self.key["bytes"])
-        pipeline.hgetall(self.key["counts"])
-        capacity, blocks, leaves, reservations, dropped, ghosts, used, counts = pipeline.execute()
+        config, blocks, leaves, reservations, dropped, ghosts, used = pipeline.execute()
         owners = {owner: int(size) for owner, size in used.items()}
+
+        def limits(name: bytes) -> dict[bytes, int]:
+            return {key[len(name) :]: int(size) for key, size in config.items() if key.startswith(name)}
+
         return Usage(
-            capacity=int(capacity or 0),
+            capacity=int(config.get(b"capacity", 0)),
             total=owners.pop(b"total", 0),
+            pinned=owners.pop(b"pinned", 0),
             blocks=blocks,
             leaves=leaves,
             reservations=reservations,
             dropped=dropped,
             ghosts=ghosts,
             owners=owners,
-            counts={name.decode(): int(value) for name, value in counts.items()},
+            quotas=limits(b"quota:"),
+            floors=limits(b"floor:"),
+            counts={name.decode(): value for name, value in counts.items()},
+            events=learning.events(),
         )
 
     def unlinked(self, names: Sequence[bytes]) -> None:
@@ -343,6 +471,11 @@ class StoreFunctions:
     def load(self) -> None:
         """Load the functions; also done by the first call that misses them."""
         self.redis.execute_command("FUNCTION", "LOAD", "REPLACE", self._source)
+
+    def _events(self) -> tuple[Learning, dict[bytes, int]]:
+        """And the counters, of the same moment: no event is in both, or in neither."""
+        events, (version, history), counts = self._call("events")
+        return Learning(int(version or 0), history or b"", _counts(events)), _counts(counts)
 
     def _call(self, function: str, *arguments: Any) -> Any:
         command = ("FCALL", f"reprise_{self._version}_{function}", *self._head, *arguments)
@@ -382,6 +515,11 @@ def _checked_capacity(capacity: int) -> int:
 
 def _ttl(ttl_ms: int | None) -> bytes:
     return (_NEVER_MS if ttl_ms is None else max(0, min(ttl_ms, _NEVER_MS - 1))).to_bytes(6, "big")
+
+
+def _counts(pairs: Sequence[bytes]) -> dict[bytes, int]:
+    """What HGETALL answers to a function."""
+    return {name: int(count) for name, count in zip(pairs[::2], pairs[1::2], strict=True)}
 
 
 def _names(joined: bytes) -> list[bytes]:

@@ -1,7 +1,8 @@
 """Upkeep of the store and its metrics: what has to happen even when no worker calls.
 
 The store works without it: writers reap, expire and evict as far as they need to. With it there is room
-before anybody asks, the capacity survives a restart of Redis, and payloads of dead evictors go away.
+before anybody asks, the capacity and the tenants' limits survive a restart of Redis, and payloads of dead
+evictors and prefixes that operators deleted go away.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import threading
 import time
 from collections.abc import Iterable
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from redis import Redis
 from redis.exceptions import RedisError
 
+from services.cache_store.deletion import Deletion
 from services.cache_store.embedded import public_url
 from services.cache_store.functions import StoreFunctions, Usage
 from services.cache_store.learning import learn
+from services.cache_store.metrics import families
 from services.cache_store.payloads import unlink_payloads
+from services.cache_store.tenants_file import Limits, TenantsFile
+from services.cache_store.worth import History
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +43,18 @@ _SWEEP = 1024  # dropped payloads a round
 
 
 class Upkeep(Collector):
-    """Keeps one shard tidy, and is the collector of its metrics. `usage` is None while Redis is away."""
+    """Keeps one shard tidy, and is the collector of its metrics. `usage` is None while Redis is away. With
+    `tenants` it applies the file's limits, the part of one of `servers`, and no others."""
 
-    def __init__(self, url: str, capacity: int, *, shard: int = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        capacity: int,
+        *,
+        shard: int = 0,
+        tenants: TenantsFile | None = None,
+        servers: int = 1,
+    ) -> None:
         if capacity <= 0:
             raise ValueError(f"capacity must be positive, got {capacity} bytes")
         self.usage: Usage | None = None
@@ -50,6 +64,14 @@ class Upkeep(Collector):
         self._shard = shard
         self._redis = Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3)
         self._functions = StoreFunctions(self._redis, shard=shard)
+        self._history = History()
+        self._tenants = tenants
+        self._servers = servers
+        self._deletion = Deletion(self._functions, self._unlink)
+
+    def is_up(self) -> bool:
+        """Whether the last round reached Redis."""
+        return self.usage is not None
 
     def run(self, stop: threading.Event, interval_s: float) -> None:
         """One round every `interval_s` until `stop`; rounds that fail are tried again."""
@@ -68,19 +90,23 @@ class Upkeep(Collector):
             stop.wait(interval_s)
 
     def round(self) -> None:
-        """Set the capacity, reap and expire what is due, evict to the low watermark, sweep, measure.
-        Raises what redis-py raises."""
+        """Set the capacity and the limits, reap and expire what is due, delete what operators condemned,
+        evict to the low watermark, sweep, measure. Raises what redis-py raises."""
         functions = self._functions
         if self.usage is None:
             self._check_memory_settings()
-        functions.configure(self._capacity)
+        if functions.usage().capacity != self._capacity:  # a Redis that is full takes no write
+            functions.configure(self._capacity)
         self._learn()
         while True:
             reaped, expired, dropped = functions.upkeep(_SLICE)
             self._unlink(dropped)
             if max(reaped, expired) < _SLICE:
                 break
-        if functions.usage().total > HIGH_WATERMARK * self._capacity:
+        self._deletion.step()
+        usage = functions.usage()
+        self._govern(usage)
+        if usage.total > HIGH_WATERMARK * self._capacity:
             more = True
             while more:
                 dropped, _, more = functions.evict(int(LOW_WATERMARK * self._capacity))
@@ -95,10 +121,21 @@ class Upkeep(Collector):
         """Bring the policy's weights up to date. Of several services the first to come does it."""
         now_s = time.monotonic()
         learning = self._functions.events()
+        self._history = History.from_bytes(learning.history)
         overdue = learning.version > 0 and now_s - self._learned_s >= LEARN_EVERY_S
         if overdue or learning.lookups >= LEARN_EVERY:
             learn(self._functions, learning)
             self._learned_s = now_s
+
+    def _govern(self, usage: Usage) -> None:
+        """Make the file's limits those of the store, where they differ."""
+        if self._tenants is None:
+            return
+        wanted = {owner: limits.share(self._servers) for owner, limits in self._tenants.limits().items()}
+        for owner in wanted.keys() | usage.quotas.keys() | usage.floors.keys():
+            limits = wanted.get(owner, Limits())
+            if (limits.quota, limits.floor) != (usage.quotas.get(owner), usage.floors.get(owner)):
+                self._functions.govern(owner, quota=limits.quota, floor=limits.floor)
 
     def _check_memory_settings(self) -> None:
         memory = self._redis.info("memory")
@@ -118,37 +155,11 @@ class Upkeep(Collector):
         up = GaugeMetricFamily("reprise_store_up", "Whether the last round of upkeep reached Redis.")
         up.add_metric([], float(usage is not None))
         yield up
-        if usage is None:
-            return
-        for name, help_, value in (
-            ("capacity_bytes", "What the store may hold.", usage.capacity),
-            ("bytes", "What it holds, allocator's rounding and metadata included.", usage.total),
-            ("blocks", "Blocks stored or being written.", usage.blocks),
-            (
-                "leaves",
-                "Blocks that could be evicted next: nothing that is stored builds on them.",
-                usage.leaves,
-            ),
-            ("reservations", "Blocks being written.", usage.reservations),
-            ("dropped_payloads", "Payloads of evicted blocks not yet deleted.", usage.dropped),
-        ):
-            yield GaugeMetricFamily(f"reprise_store_{name}", help_, value)
-        for name, key, help_ in (
-            ("lookups", "lookups", "Lookups by workers."),
-            ("lookup_blocks", "asked", "Blocks asked for in lookups."),
-            ("hit_blocks", "found", "Blocks found by lookups."),
-            ("written_blocks", "committed", "Blocks written."),
-            ("reaped_reservations", "reaped", "Blocks whose writer did not finish in time."),
-            ("expired_retentions", "expired", "Time limits of retentions that ended."),
-        ):
-            yield CounterMetricFamily(f"reprise_store_{name}", help_, usage.counts.get(key, 0))
-        for name, help_ in (
-            ("evicted", "Blocks evicted, by reason: room for a write, the watermark, Redis out of memory."),
-            ("quarantined", "Payloads found missing or bad by a reader, by what was wrong."),
-        ):
-            counter = CounterMetricFamily(f"reprise_store_{name}", help_, labels=["reason"])
-            for key, value in usage.counts.items():
-                kind, _, reason = key.partition(":")
-                if kind == name:
-                    counter.add_metric([reason], value)
-            yield counter
+        if self._tenants is not None:
+            yield GaugeMetricFamily(
+                "reprise_store_tenants_file_sound",
+                "Whether the file of quotas and floors makes sense; if not, older ones are in force.",
+                float(self._tenants.sound),
+            )
+        if usage is not None:
+            yield from families(usage, self._history, self._tenants.names() if self._tenants else {})

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from services.wire.messages import DEFAULT_PRIORITY
 
 TIERS = 4
+TIER_NAMES = ("low", "default", "raised", "high")
 FREQUENCIES = 4
 CLASSES = TIERS * FREQUENCIES
 HIGH_PRIORITY = 70

@@ -64,6 +64,7 @@ class StoreLoad:
         self._clock = clock
         self._lock = threading.Lock()
         self._blocks: list[EncodedBlock] = []
+        self._brought = 0
         self._left = most  # blocks that may still come
         self._block_s = block_s
         self._heard_s = clock()  # when it was last heard of,
@@ -95,6 +96,14 @@ class StoreLoad:
             self.over = True
             self._blocks = []
 
+    @property
+    def saved_s(self) -> float:
+        """Seconds of prefill that the blocks it brought stand for."""
+        if not self._brought or self.found is None:
+            return 0.0
+        front = self.found - self._brought
+        return self.recompute_s[self.found - 1] - (self.recompute_s[front - 1] if front else 0.0)
+
     def answer(self, found: int) -> None:
         """The store has `found` of the blocks asked for and they are worth loading."""
         with self._lock:
@@ -111,6 +120,7 @@ class StoreLoad:
         with self._lock:
             if not self.over:
                 self._blocks += blocks
+                self._brought += len(blocks)
                 self._left -= len(blocks)
                 self._block_s = block_s
                 self._heard_s = self._clock()
@@ -222,7 +232,7 @@ class StoreReader:
                 self._read(load, found)
         finally:
             load.finish()  # before the release, which the engine need not wait for
-            self._store.release(found)
+            self._store.release(found, load.saved_s)
 
     def _read(self, load: StoreLoad, found: Found) -> None:
         """From the back: what comes is of use wherever computing has got to."""

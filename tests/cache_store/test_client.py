@@ -126,7 +126,7 @@ def test_payloads_of_evicted_blocks_are_deleted_by_the_writer_that_evicted_them(
     usage = StoreFunctions(redis).usage()
     assert usage.dropped == 0
     assert len(payload_keys(redis)) == usage.blocks == 20
-    assert usage.counts["evicted:room"] == 150 - usage.blocks
+    assert usage.evicted("room") == 150 - usage.blocks
     store.close()
 
 
@@ -306,7 +306,7 @@ def test_redis_out_of_memory_is_a_failed_write_that_makes_room(redis_server: Loc
         assert Outcome.FAILED in outcomes or len(outcomes) < 160
         with Redis.from_url(server.socket_url) as redis:
             usage = StoreFunctions(redis).usage()
-            assert usage.counts["evicted:memory"] > 0
+            assert usage.evicted("memory") > 0
             assert usage.reservations == 0
         assert not store.is_down(), "a full server is not a dead one"
         last = [block for i in range(15, 20) for block in chain(f"{i}", 8)]
@@ -427,7 +427,7 @@ def test_whatever_is_found_can_be_read_while_others_write_and_evict(redis_server
     assert not any(key.startswith("quarantined") for store in stores for key in store.counts())
     with Redis.from_url(redis_server.socket_url) as redis:
         usage = StoreFunctions(redis).usage()
-        assert usage.counts["evicted:room"] > 0
+        assert usage.evicted("room") > 0
         assert usage.total <= capacity
         assert usage.owners == {owner_digest("t"): usage.total}
     for store in stores:

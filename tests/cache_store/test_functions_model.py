@@ -212,6 +212,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.client.smembers(key["dropped"]) == oracle.dropped
         usage = self.store.calls.usage()
         assert usage.total == oracle.total() <= oracle.capacity
+        assert usage.pinned == sum(r.size for r in records.values() if r.priority == PINNED)
         assert usage.owners == {
             owner: size
             for owner in (ALICE, BOB)

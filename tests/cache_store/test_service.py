@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
+from redis.exceptions import OutOfMemoryError
 
 from services.cache_store.__main__ import main
 from services.cache_store.address import Address
@@ -88,7 +92,27 @@ def test_above_85_percent_it_evicts_to_80_percent_and_below_nothing(
     upkeep.round()
     usage = StoreFunctions(redis).usage()
     assert (usage.blocks, usage.dropped, len(payload_keys(redis))) == (80, 0, 80)
-    assert metrics_of(upkeep)["reprise_store_evicted_total[watermark]"] == 6
+    assert metrics_of(upkeep)["reprise_store_evicted_total[default][watermark]"] == 6
+
+
+def test_it_does_its_rounds_also_where_redis_is_full_of_others_data() -> None:
+    server = start_redis(find_server(), max_memory=64 << 20)
+    upkeep = Upkeep(server.socket_url, CAPACITY)
+    try:
+        with Redis.from_url(server.socket_url) as redis:
+            functions = StoreFunctions(redis)
+            upkeep.round()
+            blocks = chain("a", 90)
+            reserved = functions.reserve(new_blocks(blocks, size=BLOCK_BYTES), 10_000)
+            functions.commit(reserved.fence, blocks)
+            redis.config_set("maxmemory", 1)
+            with pytest.raises(OutOfMemoryError):
+                redis.set("more", "data")
+            upkeep.round()
+            assert functions.usage().blocks == 80
+    finally:
+        upkeep.close()
+        server.stop()
 
 
 def test_it_reaps_what_dead_writers_reserved_and_deletes_what_they_wrote(
@@ -157,15 +181,16 @@ def test_metrics_say_what_the_store_holds_and_what_happened(
     store.write(to_write(blocks))
     found = store.lookup([*blocks[:6], *chain("b", 2)], "t")
     assert found is not None
-    store.release(found)
+    store.release(found, 0.25)
     redis.set(next(key for key in payload_keys(redis) if blocks[3] in key), b"garbage")
     store.read(found, 0, 6)
     upkeep.round()
     metrics = metrics_of(upkeep)
-    assert metrics == {
+    expected = {
         "reprise_store_up": 1,
         "reprise_store_capacity_bytes": CAPACITY,
         "reprise_store_bytes": 9 * BLOCK_BYTES,
+        "reprise_store_pinned_bytes": 0,
         "reprise_store_blocks": 10,  # the bad one keeps its record while others build on it
         "reprise_store_leaves": 1,
         "reprise_store_reservations": 0,
@@ -173,11 +198,16 @@ def test_metrics_say_what_the_store_holds_and_what_happened(
         "reprise_store_lookups_total": 1,
         "reprise_store_lookup_blocks_total": 8,
         "reprise_store_hit_blocks_total": 6,
+        "reprise_store_hits_total[default][1]": 6,
+        "reprise_store_hit_blocks_at_twice_memory_total": 6,
+        "reprise_store_saved_prefill_seconds_total": 0.25,
         "reprise_store_written_blocks_total": 10,
         "reprise_store_reaped_reservations_total": 0,
         "reprise_store_expired_retentions_total": 0,
+        "reprise_store_deleted_blocks_total": 0,
         "reprise_store_quarantined_total[truncated]": 1,
     }
+    assert {name: metrics[name] for name in expected} == expected
 
 
 def test_it_goes_on_when_redis_comes_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -248,6 +278,53 @@ def test_the_process_serves_metrics_sets_the_capacity_and_ends_on_sigterm(redis_
         process.wait()
 
 
+def test_the_process_serves_operators_who_have_a_key(redis_server: LocalRedis, tmp_path: Path) -> None:
+    keys, tenants = tmp_path / "keys", tmp_path / "tenants.json"
+    keys.write_text("one\ntwo\n")
+    tenants.write_text('{"alice": {"quota": "1GiB"}}')
+    command = [sys.executable, "-m", "services.cache_store", "--redis", redis_server.url,
+               "--interval", "0.05", "--api-keys-file", str(keys), "--tenants", str(tenants),
+               "--record", str(tmp_path / "trace.jsonl"), "--block-size", "16"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        metrics_url = process.stdout.readline().split()[-1]
+        url = process.stdout.readline().split()[-1]
+
+        def ask(method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+            headers = {"authorization": "Bearer two"}
+            request = urllib.request.Request(url + path, body, headers, method=method)
+            try:
+                with urllib.request.urlopen(request) as answer:
+                    return answer.status, answer.read()
+            except urllib.error.HTTPError as error:
+                return error.code, error.read()
+
+        wait_until(lambda: b'"unreachable":[]' in ask("GET", "/prefixes")[1])
+        with Redis.from_url(redis_server.url) as redis:
+            functions = StoreFunctions(redis)
+            wait_until(lambda: functions.usage().quotas == {ALICE: 1 << 30})
+            wait_until(lambda: redis.exists(functions.key["trace"]))
+            blocks = chain("a", 30)
+            functions.lookup(blocks, ALICE, 0)
+            functions.commit(functions.reserve(new_blocks(blocks), 1000).fence, blocks)
+            body = b'{"hashes": ["%s"], "ttl_s": 60}' % blocks[-1].hex().encode()
+            assert ask("POST", "/pin", body)[0] == 200
+            with urllib.request.urlopen(metrics_url) as answer:
+                assert b"reprise_store_pinned_bytes" in answer.read(), "open, without a key"
+            assert ask("DELETE", f"/prefixes/{blocks[3].hex()}")[0] == 202
+            wait_until(lambda: functions.usage().blocks == 3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        (line,) = (tmp_path / "trace.jsonl").read_text().splitlines()
+        assert json.loads(line) == {
+            "timestamp": 0, "input_length": 30 * 16, "output_length": 0, "hash_ids": list(range(30)),
+        }  # fmt: skip
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_the_process_keeps_every_server_of_a_store_and_does_without_one_that_is_away(
     redis_server: LocalRedis,
 ) -> None:
@@ -283,6 +360,13 @@ def test_the_process_keeps_every_server_of_a_store_and_does_without_one_that_is_
         (["--metrics-port", "70000"], "must be from 0 to 65535, got '70000'"),
         (["--interval", "0"], "must be a number of seconds above 0, got '0'"),
         (["--interval", "soon"], "got 'soon'"),
+        (["--api-port", "-1"], "must be from 0 to 65535, got '-1'"),
+        (["--api-keys-file", "/no/such"], "--api-keys-file /no/such: "),
+        (["--api-keys-file", "/dev/null"], "--api-keys-file /dev/null: holds no key"),
+        (["--tenants", "/no/such"], "--tenants /no/such: "),
+        (["--record", "/no/such/file"], "--record /no/such/file: No such file or directory"),
+        (["--block-size", "0"], "must be from 1 to 4096, got '0'"),
+        (["--tenants", "/dev/null"], "--tenants /dev/null: "),
         (["--redis", "localhost"], "--redis localhost: Redis URL must specify one of the following schemes"),
     ],
 )
