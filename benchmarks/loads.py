@@ -108,7 +108,7 @@ def main() -> int:
     config = EngineConfig.for_device(options.device, store_codec=options.codec)
     config = replace(config, pages=2 * (options.tokens // config.block_size + 2))
     setting = Setting(model, config, options.tokens, options.repeats)
-    server = start_redis(find_server(), max_memory=2 * setting.stored_bytes)
+    server = start_redis(find_server(), max_memory=2 * setting.stored_bytes + (256 << 20))
     proxies: list[BaseProcess] = []
     ways = [Way("computed, no store", setting.engine(None), config.block_size)]
     try:

@@ -32,6 +32,8 @@ def main() -> int:
     random = Random(0)
     seconds: dict[str, list[float]] = {"cold": [], "gpu": [], "store": []}
     url, redis = find_or_start_redis(max_memory=2 << 30)
+    if redis:
+        url = redis.socket_url  # as `make run` does
     try:
         arguments = ("--redis", url, "--store-capacity", "1GiB")
         with (
