@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 #: For KV pages on a CPU unless the config says otherwise.
 _CPU_KV_BYTES = 1 << 30
 
-#: How often a turn without a step looks at loads under way.
-_LOAD_POLL_S = 0.0005
+#: How often a turn without a step looks at loads and copies under way.
+_POLL_S = 0.0005
 
 #: A turn without anything to do still happens this often: it passes on the store's events.
 _IDLE_TURN_S = 0.1
@@ -234,8 +234,8 @@ class Engine:
         if plan is not None or step_s:
             turn_s = self._clock() - self._turned_s
             self.counters.host_s += turn_s - (self.counters.wait_s - waited_s)
-        elif not self._steps and not self._write_behind:
-            self._inbox.wait(_LOAD_POLL_S if self._loads else _IDLE_TURN_S)
+        elif not self._steps:
+            self._inbox.wait(_POLL_S if self._loads or self._write_behind else _IDLE_TURN_S)
 
     def _busy_s(self) -> float:
         """Predicted seconds until the device is done with the steps under way."""

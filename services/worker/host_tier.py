@@ -141,6 +141,12 @@ class HostTier:
             room -= wanted[-1]
         return wanted
 
+    def server(self, first: bytes) -> int:
+        return 0
+
+    def room(self, server: int) -> int:
+        return self._room()
+
     def threshold(self, first: bytes) -> float:
         return 0.0
 

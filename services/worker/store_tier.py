@@ -82,6 +82,12 @@ class RedisStoreTier:
     def wants(self, hashes: Sequence[bytes], first: bytes) -> Sequence[bool]:
         return self._shard(first).writer.wants(hashes)
 
+    def server(self, first: bytes) -> int:
+        return self._rendezvous.choose(first)
+
+    def room(self, server: int) -> int:
+        return self._shards[server].writer.room()
+
     def threshold(self, first: bytes) -> float:
         return self._shard(first).writer.threshold
 
@@ -120,7 +126,7 @@ class RedisStoreTier:
             shard.join()
 
     def _shard(self, first: bytes) -> _Shard:
-        return self._shards[self._rendezvous.choose(first)]
+        return self._shards[self.server(first)]
 
 
 class _Shard:

@@ -185,10 +185,11 @@ class StoreLoads:
 
 
 class WriteBehind:
-    """Full blocks on their way to the store, oldest first.
+    """Full blocks on their way to the store, those of each server oldest first.
 
     A queued block keeps no page: if its page goes to another block before the copy's turn, the store does
-    not get it. So offering never holds memory back, and never copies what is not the block.
+    not get it. So offering never holds memory back, and never copies what is not the block; and blocks can
+    wait here for a server that takes them more slowly than they are computed.
     """
 
     def __init__(
@@ -206,18 +207,19 @@ class WriteBehind:
         self._pool = pool
         self._counters = counters
         self._clock = clock
-        self._queue: dict[bytes, FilledBlock] = {}
+        self._queues: dict[int, dict[bytes, FilledBlock]] = {}  # by server
         self._departed: tuple[list[FilledBlock], Departure, float] | None = None  # since when
         self._copy_s = 0.0  # mean seconds a page
 
     def __bool__(self) -> bool:
-        return bool(self._queue) or self._departed is not None
+        return any(self._queues.values()) or self._departed is not None
 
     def add(self, filled: Iterable[FilledBlock]) -> None:
         """Queue blocks, parents before their children."""
-        self._queue.update((block.hash, block) for block in filled)
-        while len(self._queue) > self._pool.pages:  # more than there are pages cannot all be there still
-            self._next()
+        for block in filled:
+            self._queues.setdefault(self._store.server(block.first), {})[block.hash] = block
+        while sum(map(len, self._queues.values())) > self._pool.pages:  # they cannot all be there still
+            _next(max(self._queues.values(), key=len))
             self._counters.unoffered_blocks += 1
 
     def add_missing(self, sequence: Sequence, blocks: int) -> None:
@@ -256,12 +258,16 @@ class WriteBehind:
         else:
             most = 1
         present: list[FilledBlock] = []
-        while self._queue and len(present) < most:
-            block = self._next()
-            if self._pool.lookup(block.hash) == block.page:
-                present.append(block)
-            else:
-                self._counters.unoffered_blocks += 1
+        for server in list(self._queues):
+            queue = self._queues.pop(server)
+            self._queues[server] = queue  # the others go first the next time
+            full = len(present) + min(self._store.room(server), most - len(present))
+            while queue and len(present) < full:
+                block = _next(queue)
+                if self._pool.lookup(block.hash) == block.page:
+                    present.append(block)
+                else:
+                    self._counters.unoffered_blocks += 1
         blocks: list[FilledBlock] = []
         for first, run in groupby(present, attrgetter("first")):
             of_prefix = list(run)
@@ -302,6 +308,7 @@ class WriteBehind:
         self._counters.unoffered_blocks += len(blocks) - taken
         return True
 
-    def _next(self) -> FilledBlock:
-        """Take the oldest out of the queue."""
-        return self._queue.pop(next(iter(self._queue)))
+
+def _next(queue: dict[bytes, FilledBlock]) -> FilledBlock:
+    """Take the oldest out of a queue."""
+    return queue.pop(next(iter(queue)))

@@ -82,6 +82,13 @@ class StoreWriter:
                 room -= wanted[-1]
         return wanted
 
+    def room(self) -> int:
+        """See `StoreTier.room`."""
+        if self._store.is_down():
+            return self._most_queued
+        with self._work:
+            return self._room()
+
     def retain(self, hashes: Sequence[bytes], priority: int, ttl_s: float | None, tenant: str) -> None:
         with self._work:
             self._retains.append((hashes, tenant, priority, ttl_s))

@@ -87,6 +87,12 @@ class StoreTier(Protocol):
     def wants(self, hashes: Sequence[bytes], first: bytes) -> Sequence[bool]:
         """Which of these blocks `offer` would take now, so that the engine copies no page in vain."""
 
+    def server(self, first: bytes) -> int:
+        """Which of the store's servers a prefix lives on, from 0 on."""
+
+    def room(self, server: int) -> int:
+        """Blocks that `offer` would take for this server now. One that is down has room, and wants none."""
+
     def threshold(self, first: bytes) -> float:
         """What a block must be worth, in hits a second (services.cache_store.worth), to be written rather
         than what would go for it. 0 while there is room, or nobody knows."""

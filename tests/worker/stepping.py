@@ -94,10 +94,11 @@ class MemoryStore:
     """A `StoreTier` in memory. A load brings all it has when it is looked at for the `polls`-th time after
     the first."""
 
-    def __init__(self, polls: int = 2, room: int = 1_000_000) -> None:
+    def __init__(self, polls: int = 2, size: int = 1_000_000, servers: int = 1) -> None:
         self.blocks: dict[bytes, OfferedBlock] = {}
         self.polls = polls
-        self.room = room
+        self.size = size  # blocks that it takes in all
+        self.rooms = [1_000_000] * servers  # of their queues
         self.loads: list[MemoryLoad] = []
         self.recompute_s: list[Sequence[float]] = []
         self.new: list[bytes] = []
@@ -120,7 +121,7 @@ class MemoryStore:
         return self.loads[-1]
 
     def offer(self, blocks: Sequence[OfferedBlock]) -> int:
-        taken = blocks[: self.room - len(self.blocks)]
+        taken = blocks[: self.size - len(self.blocks)]
         for block in taken:
             assert block.hash not in self.blocks, "copied in vain"
             self.blocks[block.hash] = block
@@ -129,6 +130,12 @@ class MemoryStore:
 
     def wants(self, hashes: Sequence[bytes], first: bytes) -> Sequence[bool]:
         return [hash not in self.blocks for hash in hashes]
+
+    def server(self, first: bytes) -> int:
+        return first[0] % len(self.rooms)
+
+    def room(self, server: int) -> int:
+        return self.rooms[server]
 
     def threshold(self, first: bytes) -> float:
         return self.worth_at_least

@@ -179,7 +179,7 @@ def test_the_store_is_asked_with_the_time_that_computing_would_take() -> None:
 
 
 def test_blocks_that_the_store_has_or_has_no_room_for_are_not_copied_again() -> None:
-    store = MemoryStore(room=3)
+    store = MemoryStore(size=3)
     stepped = Stepped(store)
     stepped.run([make_request("a", prompt(100))])
     stepped.settle()
@@ -213,6 +213,24 @@ def test_copies_after_a_step_take_a_share_of_its_time() -> None:
     assert all(1 <= pages <= 3 for pages in copied), "31 blocks wait; the clock gives a copy 1/1 of a step"
     stepped.settle()
     assert len(store.blocks) == 31
+
+
+def test_blocks_wait_for_a_server_that_is_behind_and_for_no_other() -> None:
+    store = MemoryStore(servers=2)
+    requests = [make_request(i, prompt(100, seed=i)) for i in range(8)]
+    behind = {request.key for request in requests if store.server(request.hashes[0]) == 1}
+    assert 0 < len(behind) < len(requests)
+    store.rooms[1] = 0
+    stepped = Stepped(store, pages=200, max_running=8)
+    stepped.run(requests)
+    stepped.turn(100)
+    for request in requests:
+        assert set(store.blocks).isdisjoint(request.hashes) == (request.key in behind)
+    store.rooms[1] = 3
+    stepped.settle()
+    for request in requests:
+        assert set(store.blocks).issuperset(request.hashes)
+    assert stepped.engine.counters.unoffered_blocks == 0
 
 
 def test_a_block_whose_page_went_to_another_is_never_offered() -> None:

@@ -191,7 +191,7 @@ def test_a_key_names_one_live_request_and_is_free_afterwards() -> None:
 def test_after_five_hundred_random_operations_nothing_is_held_and_everyone_was_answered(depth: int) -> None:
     """Submits, cancels, failing steps and a slow store, while the engine runs on its own thread."""
     rng = random.Random(depth)
-    store = MemoryStore(polls=3, room=60)
+    store = MemoryStore(polls=3, size=60)
     engine = Engine(
         tiny_model(), EngineConfig(pages=20, max_running=6, max_step_tokens=48, pipeline_depth=depth), store
     )
