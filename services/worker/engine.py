@@ -157,7 +157,7 @@ class Engine:
             Sequence(
                 request,
                 block_size=self._config.block_size,
-                max_length=min(len(request.tokens) + sampling.max_tokens, self.max_model_len),
+                max_length=min(request.prompt_length + sampling.max_tokens, self.max_model_len),
                 stop_ids=stop_ids if sampling.ignore_eos else stop_ids | self._eos,
             )
         )

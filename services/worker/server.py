@@ -203,4 +203,5 @@ def _request(stream: Stream, message: Submit, now_s: float) -> Request:
         priority=message.priority,
         tenant=message.tenant,
         arrival_s=now_s,
+        generated=message.generated,
     )
