@@ -26,8 +26,8 @@ TIERS: tuple[Tier, ...] = ("gpu", "host", "store")
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 #: Whose fault an `error` is. `invalid_request`: the client's, another worker would answer the same;
-#: `draining`: the worker takes no new requests; `internal`: the worker failed; `worker_lost`: never sent,
-#: the router's end of the channel reports so that the connection broke.
+#: `draining`: the worker takes no new requests and ends those it has; `internal`: it failed this request;
+#: `worker_lost`: its engine is dead. The router's end of the channel says so too when the connection breaks.
 ErrorKind = Literal["invalid_request", "draining", "internal", "worker_lost"]
 
 DEFAULT_PRIORITY = 35

@@ -10,6 +10,10 @@ import msgspec
 from services.wire.messages import Finish, Logprob, Retention, SamplingParams, Start, Stats, Tier
 
 
+class EngineClosed(Exception):
+    """The engine takes nothing more; the message says why."""
+
+
 class RequestError(ValueError):
     """The request cannot be served as it stands; the message names the field, the value and the limit."""
 
