@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from hashlib import blake2b
 
 import msgspec
 import pytest
@@ -14,7 +13,8 @@ from services.router.config import RouterConfig
 from services.router.retry import FIRST_LIVES, LIVES, MAX_RESUMES
 from services.wire.messages import Finish
 from services.worker.request import Output
-from tests.fakes import EOS, FakeEngine
+from tests.fakes import FakeEngine
+from tests.fakes.sampled import sampled_reply
 from tests.fakes.until import until
 from tests.router.serving import chat, serving
 
@@ -22,25 +22,8 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
 
-def sampled(request):
-    """Tokens that depend on all that sampling depends on: parameters, position, prompt and answer so far."""
-    history = list(request.tokens)
-    while True:
-        position = len(history) - request.prompt_length
-        state = (request.sampling, request.prompt_length, position, history)
-        drawn = int.from_bytes(blake2b(msgspec.json.encode(state), digest_size=8).digest())
-        if drawn % 40 == 0 and position >= request.sampling.min_tokens:
-            token = EOS
-        elif drawn % 17 == 0:
-            token = 0xE2  # begins a character of three bytes
-        else:
-            token = 97 + drawn % 26
-        yield token
-        history.append(token)
-
-
 def sampling(**fields):
-    return FakeEngine(sampled, **{"step_s": 0.001} | fields)
+    return FakeEngine(sampled_reply, **{"step_s": 0.001} | fields)
 
 
 def slow(**fields):
