@@ -4,6 +4,7 @@
     python -m benchmarks.chaos --tiny                            # real engines with a tiny random model
     python -m benchmarks.chaos --simulated                       # engines that compute nothing
     python -m benchmarks.chaos --workers 2 --streams 20 --seconds 30
+    python -m benchmarks.chaos --model FOLDER --worker-options "--device cuda --kv-memory 8GiB"
 
 Workers, a router and (for engines that compute) a Redis, all started for the purpose. Every stream has a
 request of its own: greedy and sampled, with penalties, log-probabilities, stop strings, two choices, chat and
@@ -97,6 +98,7 @@ class Result:
     retries: int = 0
     gap_p50_s: float = 0.0
     gap_p95_s: float = 0.0
+    resumed_tokens: dict[str, int] = field(default_factory=dict)  # by where their KV came from
 
     @property
     def good(self) -> bool:
@@ -286,37 +288,37 @@ async def chaos(plan: Plan) -> Result:
                     result.answers += 1
 
             until_s = time.monotonic() + plan.seconds
-            killer = asyncio.create_task(_kill(workers, plan, result))
+            killer = asyncio.create_task(_kill(workers, plan, result, until_s))
             try:
                 await asyncio.gather(*(stream(number, until_s) for number in range(plan.streams)))
+                await killer
             finally:
                 killer.cancel()
-                await asyncio.wait([killer])
-            if killer.done() and not killer.cancelled() and (error := killer.exception()):
-                raise error
             result.left = await _settled(url, workers)
         told = await _get(f"{url}/metrics")
     result.resumes = int(_total(told, "reprise_router_resumes_total"))
     result.retries = int(_total(told, "reprise_router_retries_total"))
     result.gap_p50_s, result.gap_p95_s = (quantile(told, q) for q in (0.5, 0.95))
+    result.resumed_tokens = {
+        labels.partition('source="')[2].partition('"')[0]: int(tokens)
+        for labels, tokens in _samples(told, "reprise_router_resumed_tokens_total")
+    }
     return result
 
 
-async def _kill(workers: list[Process], plan: Plan, result: Result) -> None:
-    """SIGKILL a random worker of those that run, again and again; returns once all run when cancelled."""
+async def _kill(workers: list[Process], plan: Plan, result: Result, until_s: float) -> None:
+    """SIGKILL a random worker of those that run, again and again; returns once all of them run again."""
     rng = random.Random(plan.seed)
-    restarts: set[asyncio.Task[None]] = set()
-    try:
-        while True:
-            await asyncio.sleep(plan.kill_every_s)
-            running = [worker for worker in workers if worker.ready]
-            if running:
-                worker = rng.choice(running)
-                await worker.end()
-                result.kills += 1
-                restarts.add(asyncio.create_task(worker.start()))
-    finally:
-        await asyncio.gather(*restarts)
+    restarts: list[asyncio.Task[None]] = []
+    while time.monotonic() + plan.kill_every_s < until_s:
+        await asyncio.sleep(plan.kill_every_s)
+        running = [worker for worker in workers if worker.ready]
+        if running:
+            worker = rng.choice(running)
+            await worker.end()
+            result.kills += 1
+            restarts.append(asyncio.create_task(worker.start()))
+    await asyncio.gather(*restarts)
 
 
 async def _settled(url: str, workers: list[Process]) -> list[str]:
@@ -380,6 +382,7 @@ def quantile(text: str, q: float, name: str = "reprise_router_resume_gap_seconds
 
 def report(plan: Plan, result: Result) -> str:
     head = f"{plan.workers} workers, {plan.streams} streams, a worker killed every {plan.kill_every_s:g} s"
+    sources = ", ".join(f"{tokens} {source}" for source, tokens in result.resumed_tokens.items() if tokens)
     lines = [
         f"{head} for {plan.seconds:g} s",
         f"  undisturbed    {result.undisturbed_s:8.1f} s for one answer of each stream",
@@ -387,6 +390,7 @@ def report(plan: Plan, result: Result) -> str:
         f"  kills          {result.kills:8}",
         f"  resumes        {result.resumes:8}   before the first token: {result.retries}",
         f"  gap p50, p95   {result.gap_p50_s:8.3f} s {result.gap_p95_s:.3f} s",
+        f"  KV, tokens     {sources:>8}",
         f"  failed         {len(result.failed):8}",
         f"  different      {len(result.different):8}",
         f"  left           {len(result.left):8}",
@@ -404,15 +408,9 @@ def main() -> int:
         else:
             model = write_tiny_checkpoint(Path(folder) / "tiny") if options.tiny else options.model
             url, redis = find_or_start_redis(max_memory=2 << 30)
-            worker = ("services.worker", "--model", str(model), "--threads", "1", "--redis", url)
-            worker += (
-                "--store-capacity",
-                "1GiB",
-                "--kv-memory",
-                "512MiB",
-                "--max-running",
-                str(options.streams),
-            )
+            limits = f"--kv-memory 512MiB --store-capacity 1GiB --max-running {options.streams}".split()
+            worker = ("services.worker", "--model", str(model), "--threads", "1", "--redis", url, *limits)
+            worker += tuple(options.worker_options.split())
         plan = Plan(
             worker,
             workers=options.workers,
@@ -447,6 +445,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=120.0, help="of killing (default %(default)g)")
     add("--kill-every", type=float, default=5.0, metavar="S", help="(default %(default)g s)")
     add("--tokens", type=int, default=100, help="of an answer (default %(default)s)")
+    add(
+        "--worker-options",
+        default="",
+        metavar="'--NAME VALUE …'",
+        help="of real workers, `--device cuda` say",
+    )
     add("--step-ms", type=float, default=25.0, help="of a simulated engine (default %(default)g)")
     add("--seed", type=int, default=0, help="(default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the figures there too")

@@ -24,12 +24,12 @@ from services.router.config import RouterConfig
 from services.router.index import Hit, PrefixIndex
 from services.router.job import Beginning, Job
 from services.router.metrics import RouterMetrics
-from services.router.retry import MAX_TRIES, Quarantine, RetryBudget
+from services.router.retry import Quarantine, RetryBudget
 from services.router.routing import Policy, Route, RouteRequest
 from services.router.workers import ServedModel, Worker
 from services.wire.channel import WorkerUnavailable
 from services.wire.hashes import join_hashes
-from services.wire.messages import ErrorKind, Start, StepItem
+from services.wire.messages import ErrorKind, Start, StepItem, Tier
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +149,7 @@ class Dispatcher:
             silent_s = worker.pulse.look(now_s)
             if silent_s > worker.pulse.limit_s(most_s):
                 worker.stalled(silent_s)
-                for job in self._jobs_on(worker):
-                    self._lost(job, "stalled", f"silent for {silent_s:.1f} s")
+                self._worker_lost(worker, "stalled", f"silent for {silent_s:.1f} s")
         for job in list(self.on_workers.values()):
             if job.heard_s < now_s - most_s:
                 self._lost(job, "internal", f"silent about the request for {most_s:g} s")
@@ -258,7 +257,10 @@ class Dispatcher:
         finish = item.finish
         if finish is not None and finish.reason in ("error", "cancelled"):
             del job.requests[choice]
-            self._lost(job, finish.error_kind, finish.message)
+            if finish.error_kind == "worker_lost":
+                self._worker_lost(job.worker, "worker_lost", finish.message)
+            else:
+                self._lost(job, finish.error_kind, finish.message)
             return
         if item.start is not None and not job.served:
             self._started(job, item.start)
@@ -289,6 +291,8 @@ class Dispatcher:
         self._correct(job, worker, start)
         if job.began:
             metrics.resume_gap.labels(name).observe(job.heard_s - job.token_s)
+            for source, tokens in _sources(start):
+                metrics.resumed_tokens.labels(name, source).inc(tokens)
             return
         job.began = Beginning(worker.name, worker.hello.model.fingerprint, job.route, start)
         ttft_s = job.heard_s - job.sent_s
@@ -296,12 +300,9 @@ class Dispatcher:
         metrics.ttft_error.labels(name).observe(ttft_s - prediction.ttft_s)
         metrics.ttft.labels(name).observe(job.heard_s - job.arrival_s)
         metrics.prompt_tokens.labels(name).inc(start.prompt_tokens)
-        for tier, tokens in (
-            ("gpu", start.gpu_tokens),
-            ("host", start.host_tokens),
-            ("store", start.store_tokens),
-        ):
-            metrics.hit_tokens.labels(name, tier).inc(tokens)
+        for source, tokens in _sources(start):
+            if source != "computed":
+                metrics.hit_tokens.labels(name, source).inc(tokens)
         metrics.predicted_hit_tokens.labels(name, "gpu").inc(prediction.local_tokens)
         metrics.predicted_hit_tokens.labels(name, "store").inc(prediction.store_tokens)
 
@@ -321,8 +322,16 @@ class Dispatcher:
 
     # ---- going on elsewhere ------------------------------------------------------------------------
 
-    def _lost(self, job: Job, why: Loss, message: str) -> None:
-        """The worker will not finish the job: another one goes on with it, or the client is told."""
+    def _worker_lost(self, worker: Worker, why: Loss, message: str) -> None:
+        """The worker will finish nothing that it has."""
+        jobs = self._jobs_on(worker)
+        suspects = sum(not job.served for job in jobs)
+        for job in jobs:
+            self._lost(job, why, message, suspects)
+
+    def _lost(self, job: Job, why: Loss, message: str, suspects: int = 1) -> None:
+        """The worker will not finish the job: another one goes on with it, or the client is told. `suspects`:
+        how many jobs the worker may be lost for that had not got a token from it."""
         worker = job.worker
         assert worker is not None
         self._leave_worker(job)
@@ -333,7 +342,7 @@ class Dispatcher:
             return
         else:
             job.avoid.add(worker.hello.epoch)
-            job.losses.add(job.served)
+            job.losses.add(job.served, suspects)
             if error := self._given_up(job, why, message):
                 job.fail(error)
                 return
@@ -342,9 +351,10 @@ class Dispatcher:
     def _given_up(self, job: Job, why: Loss, message: str) -> ApiError | None:
         """The error that ends a job which has just lost a worker; None when it may go on."""
         if why in ("internal", "invalid_request"):  # the worker lives: it could not do this one
-            spent = job.losses.too_many(True) if job.began else self._retry_spent(job)
-            return failed(f"worker {job.worker_name} failed: {message}") if spent else None
-        if not job.losses.too_many(bool(job.began)):
+            if job.losses.too_many or not (job.began or self._retries.spend()):
+                return failed(f"worker {job.worker_name} failed: {message}")
+            return None
+        if not job.losses.too_many:
             return None
         if job.losses.in_a_row:
             self._quarantine.add(job.prompt.packed, self._clock())
@@ -352,9 +362,6 @@ class Dispatcher:
             lost = f"{job.losses.in_a_row} workers in a row were lost while they computed this prompt"
             return _quarantined(f"{lost}, the last one, {job.worker_name}: {message}")
         return unavailable(f"the request lost {job.losses.total} workers, the last one: {message}", why)
-
-    def _retry_spent(self, job: Job) -> bool:
-        return job.losses.total >= MAX_TRIES or not self._retries.spend()
 
     def _again(self, job: Job, why: Loss) -> None:
         """Send it to another worker, or queue it before those that came later."""
@@ -407,6 +414,15 @@ def _fits(job: Job, worker: Worker) -> bool:
         return card.text_digest == job.text_digest
     longest = len(job.prompt.tokens) + len(job.longest_answer)
     return card.fingerprint == job.began.fingerprint and longest < card.max_model_len
+
+
+def _sources(start: Start) -> Iterable[tuple[Tier | Literal["computed"], int]]:
+    """Where the KV of what a worker was given came from, in tokens."""
+    hits = start.gpu_tokens + start.host_tokens + start.store_tokens
+    yield "gpu", start.gpu_tokens
+    yield "host", start.host_tokens
+    yield "store", start.store_tokens
+    yield "computed", start.prompt_tokens - hits
 
 
 def _quarantined(message: str) -> ApiError:

@@ -63,6 +63,12 @@ class RouterMetrics:
         self.resumes = counter(
             "resumes", "Answers that went on on another worker after their first token", "reason"
         )
+        self.resumed_tokens = counter(
+            "resumed_tokens",
+            "Tokens of prompts and answers that resumed answers began with, by where their KV came from",
+            "model",
+            "source",
+        )
         self.quarantined = counter(
             "quarantined", "Requests given up because workers died while they computed its prompt", "model"
         )

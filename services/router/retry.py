@@ -5,24 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from hashlib import blake2b
 
-#: A request that fails on a living worker before its first token is tried on this many workers at most.
-MAX_TRIES = 2
+#: A request is given up when so many workers in a row were lost before they gave it a token, if it was the
+#: only one to blame.
+LIVES = 2
 
-#: Such retries as a part of all requests. Without a bound, a fleet that fails under load gets more of it.
+#: Where others were to blame as well, it is given up after so many.
+MOST_IN_A_ROW = 6
+
+#: Requests that failed on a living worker and are tried again, as a part of all. Without a bound, a fleet
+#: that fails under load gets more of it.
 BUDGET = 0.1
 
 #: Retries at once after a quiet time.
 BURST = 64
 
-#: A request that never got a token is given up, and kept out, when so many workers died with it.
-FIRST_LIVES = 2
-
-#: One that has begun has shown that its prompt harms nobody, and its client has half an answer: so many
-#: workers may be lost in a row without a token from any.
-LIVES = 3
-
-#: Workers that one request may lose in all. A worker lost every five seconds, four workers and streams of
-#: half a minute: one in 10,000 loses more (`python -m benchmarks.chaos`).
+#: Workers that one request may lose in all. With four workers, one of them killed every five seconds, an
+#: answer of a minute loses more 4 in 10,000 times (the tail of a binomial distribution).
 MAX_RESUMES = 8
 
 #: How long a request that was given up is refused when it is sent again, and how many are remembered.
@@ -54,15 +52,19 @@ class Losses:
 
     total: int = 0
     in_a_row: int = 0  # the last ones, that gave it no token
+    blame: float = 0.0  # its part in those
 
-    def add(self, served: bool) -> None:
-        """One more is lost; `served`: it had given the request a token."""
+    def add(self, served: bool, suspects: int) -> None:
+        """One more is lost. `served`: it had given the request a token, so the request did not kill it;
+        `suspects`: how many requests there were of which that cannot be said."""
         self.total += 1
         self.in_a_row = 0 if served else self.in_a_row + 1
+        self.blame = 0.0 if served else self.blame + 1 / suspects
 
-    def too_many(self, begun: bool) -> bool:
-        """May it not be sent to another worker? `begun`: it has got tokens from some worker."""
-        return self.total > MAX_RESUMES or self.in_a_row >= (LIVES if begun else FIRST_LIVES)
+    @property
+    def too_many(self) -> bool:
+        """May no other worker be asked?"""
+        return self.total > MAX_RESUMES or self.in_a_row >= MOST_IN_A_ROW or self.blame >= LIVES
 
 
 class Quarantine:
