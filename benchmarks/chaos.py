@@ -225,11 +225,13 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]
 
 
 async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    async for line in answer.aiter_lines():
-        if line == "data: [DONE]":
-            return
-        if line:
-            event = json.loads(line.removeprefix("data: "))
+    rest = b""
+    async for data in answer.aiter_bytes():  # not httpx's lines: it ends them at U+2028 and its like, too
+        *events, rest = (rest + data).split(b"\n\n")
+        for line in events:
+            if line == b"data: [DONE]":
+                return
+            event = json.loads(line.removeprefix(b"data: "))
             if "error" in event:
                 raise ValueError(f"an error event: {event['error']}")
             yield event

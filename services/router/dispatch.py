@@ -356,11 +356,11 @@ class Dispatcher:
             return None
         if not job.losses.too_many:
             return None
-        if job.losses.in_a_row:
+        if job.losses.guilty:
             self._quarantine.add(job.prompt.packed, self._clock())
             self._metrics.quarantined.labels(job.model.name).inc()
-            lost = f"{job.losses.in_a_row} workers in a row were lost while they computed this prompt"
-            return _quarantined(f"{lost}, the last one, {job.worker_name}: {message}")
+            dead = "workers died while they computed this prompt"
+            return _quarantined(f"{dead}, the last one, {job.worker_name}: {message}")
         return unavailable(f"the request lost {job.losses.total} workers, the last one: {message}", why)
 
     def _again(self, job: Job, why: Loss) -> None:

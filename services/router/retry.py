@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from hashlib import blake2b
 
-#: A request is given up when so many workers in a row were lost before they gave it a token, if it was the
-#: only one to blame.
+#: A request is given up, and kept out, when so many workers in a row were lost before they gave it a token
+#: and it alone was to blame; each of two counts half. When a whole fleet dies over and over, nobody is.
 LIVES = 2
-
-#: Where others were to blame as well, it is given up after so many.
-MOST_IN_A_ROW = 6
 
 #: Requests that failed on a living worker and are tried again, as a part of all. Without a bound, a fleet
 #: that fails under load gets more of it.
@@ -51,20 +48,23 @@ class Losses:
     """The workers that one request has lost, those that drained apart."""
 
     total: int = 0
-    in_a_row: int = 0  # the last ones, that gave it no token
-    blame: float = 0.0  # its part in those
+    blame: float = 0.0  # its part in the last ones, that gave it no token
 
     def add(self, served: bool, suspects: int) -> None:
         """One more is lost. `served`: it had given the request a token, so the request did not kill it;
         `suspects`: how many requests there were of which that cannot be said."""
         self.total += 1
-        self.in_a_row = 0 if served else self.in_a_row + 1
         self.blame = 0.0 if served else self.blame + 1 / suspects
+
+    @property
+    def guilty(self) -> bool:
+        """Does it kill workers, as far as anyone can tell?"""
+        return self.blame >= LIVES
 
     @property
     def too_many(self) -> bool:
         """May no other worker be asked?"""
-        return self.total > MAX_RESUMES or self.in_a_row >= MOST_IN_A_ROW or self.blame >= LIVES
+        return self.total > MAX_RESUMES or self.guilty
 
 
 class Quarantine:

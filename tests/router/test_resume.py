@@ -504,7 +504,7 @@ async def test_a_prompt_that_kills_two_workers_is_kept_out_and_nobody_else_is_hu
     assert deaths == LIVES == 2
     assert answer.status_code == again.status_code == 500
     assert answer.json()["error"]["code"] == again.json()["error"]["code"] == "quarantined"
-    assert "2 workers in a row were lost while they computed this prompt" in answer.text
+    assert "workers died while they computed this prompt, the last one, w" in answer.text
     assert answer.headers["x-should-retry"] == again.headers["x-should-retry"] == "false"
 
 
