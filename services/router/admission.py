@@ -32,7 +32,7 @@ class Waiting(Protocol):
     def priority(self) -> int: ...
 
     @property
-    def arrival_s(self) -> float: ...
+    def waiting_since_s(self) -> float: ...
 
     @property
     def number(self) -> int:
@@ -66,7 +66,7 @@ class AdmissionQueue(Generic[R]):
 
     def overdue(self, before_s: float) -> list[R]:
         """Those that have waited since before `before_s`."""
-        return [request for request in self._waiting if request.arrival_s < before_s]
+        return [request for request in self._waiting if request.waiting_since_s < before_s]
 
     def admit(self, request: R, now_s: float) -> None:
         """Take in a new request. Raises QueueFull."""

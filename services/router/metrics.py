@@ -60,6 +60,18 @@ class RouterMetrics:
         self.retries = counter(
             "retries", "Requests sent to another worker before their first token", "reason"
         )
+        self.resumes = counter(
+            "resumes", "Answers that went on on another worker after their first token", "reason"
+        )
+        self.resumed_tokens = counter(
+            "resumed_tokens",
+            "Tokens of prompts and answers that resumed answers began with, by where their KV came from",
+            "model",
+            "source",
+        )
+        self.quarantined = counter(
+            "quarantined", "Requests given up because workers died while they computed its prompt", "model"
+        )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that were started", "model")
         self.completion_tokens = counter(
             "completion_tokens", "Tokens generated for requests that were answered to the end", "model"
@@ -85,6 +97,12 @@ class RouterMetrics:
         )
         self.inter_token = histogram(
             "inter_token_latency_seconds", "Between two deliveries to one client", _ITL, "model"
+        )
+        self.resume_gap = histogram(
+            "resume_gap_seconds",
+            "From the last token that one worker gave an answer to the first of the next",
+            _TTFT,
+            "model",
         )
         self.e2e = histogram("request_seconds", "From a request's last byte to its last token", _E2E, "model")
         self.queued = histogram(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from services.router.api.retention import (
 from services.router.api.sampling import check_prompt_ids, check_room
 from services.router.text import ModelText
 from services.router.text.template import TemplateError
-from services.wire.hashes import chain_hashes, pack_tokens, root_hash
+from services.wire.hashes import TOKEN_BYTES, chain_hashes, pack_tokens, root_hash
 from services.wire.messages import ModelCard, Retention
 
 #: Bodies below this are tokenised in the event loop (about 1 ms at this length), longer ones in a thread.
@@ -48,6 +49,19 @@ class Prompt:
         if key not in self._hashes:
             self._hashes[key] = chain_hashes(self.root(fingerprint), self.packed, block_size)
         return self._hashes[key]
+
+    def with_answer(
+        self, answer: Iterable[int], fingerprint: bytes, block_size: int
+    ) -> tuple[bytes, list[bytes]]:
+        """Packed tokens and names of the full blocks of the prompt and what has been answered so far."""
+        hashes = self.hashes(fingerprint, block_size)
+        answered = pack_tokens(answer)
+        if not answered:
+            return self.packed, hashes
+        packed = self.packed + answered
+        parent = hashes[-1] if hashes else self.root(fingerprint)
+        rest = packed[len(hashes) * block_size * TOKEN_BYTES :]
+        return packed, hashes + chain_hashes(parent, rest, block_size)
 
 
 class PromptBuilder:

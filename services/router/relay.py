@@ -110,7 +110,7 @@ class Relay:
         if job.client_gone:
             raise ClientGone
         items, job.items = job.items, []
-        if job.failure and not items and not job.start:
+        if job.failure and not items and not job.began:
             raise job.failure
         return items
 
@@ -149,24 +149,23 @@ class Relay:
         }
 
     def _explanation(self) -> str:
-        """Which worker served, what routing expected of it and what the prefix hits really were."""
+        """Which worker began, what routing expected of it and what the prefix hits really were."""
         job = self._job
-        assert job.route is not None
-        assert job.start is not None
-        start, prediction = job.start, job.route.prediction
+        assert job.began is not None
+        start, prediction, reason = job.began.start, job.began.route.prediction, job.began.route.reason
         uncached = start.prompt_tokens - start.gpu_tokens - start.host_tokens - start.store_tokens
         return (
-            f"worker={job.worker_name}; predicted_ttft_ms={prediction.ttft_s * 1000:.1f}; "
+            f"worker={job.began.worker_name}; predicted_ttft_ms={prediction.ttft_s * 1000:.1f}; "
             f"predicted_hit={prediction.local_tokens + prediction.store_tokens}; "
             f"hit_gpu={start.gpu_tokens}; hit_host={start.host_tokens}; hit_store={start.store_tokens}; "
-            f"uncached={uncached}; reason={job.route.reason}"
+            f"uncached={uncached}; reason={reason}"
         )
 
     def _usage(self) -> Usage:
-        start = self._job.start
+        began = self._job.began
         prompt = len(self._job.prompt.tokens)
         completion = sum(choice.completion_tokens for choice in self._choices)
-        cached = start.gpu_tokens + start.host_tokens + start.store_tokens if start else 0
+        cached = began.start.gpu_tokens + began.start.host_tokens + began.start.store_tokens if began else 0
         return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
     def _account(self) -> None:

@@ -46,6 +46,7 @@ class Router:
             router_id=uuid.uuid4().hex,
             max_queue=config.max_queue,
             on_room=self.dispatcher.pump,
+            on_drain=self.dispatcher.drain,
         )
         salt_secret = config.channel_secret if config.salt_secret is None else config.salt_secret
         tenants = Tenants(salt_secret, config.api_keys)

@@ -16,6 +16,7 @@ from services.router.admission import AdmissionQueue
 from services.router.index import PrefixIndex
 from services.router.job import Job
 from services.router.load import WorkerLoad
+from services.router.pulse import Pulse
 from services.router.rates import Rates
 from services.router.text import ModelText
 from services.wire.channel import WorkerChannel, WorkerUnavailable
@@ -23,8 +24,8 @@ from services.wire.messages import Events, Hello, ModelCard, Snapshot, Stats
 
 log = logging.getLogger(__name__)
 
-State = Literal["connecting", "starting", "ready", "draining"]
-STATES: tuple[State, ...] = ("connecting", "starting", "ready", "draining")
+State = Literal["connecting", "starting", "ready", "stalled", "draining"]
+STATES: tuple[State, ...] = ("connecting", "starting", "ready", "stalled", "draining")
 
 #: The index keeps so many blocks of a worker for each of its GPU pages: room for its host tier and for
 #: guesses. Too many cost memory, too few cost hits.
@@ -59,11 +60,13 @@ class ServedModel:
 class Worker:
     """One address of the fleet, the channel to it and what is known of the worker behind it.
 
-    Goes from `connecting` through `starting` (its tokenizer is on its way) to `ready`, from there perhaps to
-    `draining`, and back to `connecting` when the connection is lost. `slot` is its number in the index.
+    Goes from `connecting` through `starting` (its tokenizer is on its way) to `ready`, is `stalled` while it
+    does not get on, perhaps `draining`, and `connecting` again when the connection is lost. `slot` is its
+    number in the index.
     """
 
     hello: Hello  # not while `connecting`
+    pulse: Pulse
     model: ServedModel  # these two once it has been `ready`
     load: WorkerLoad
 
@@ -98,6 +101,7 @@ class Worker:
 
     def connected(self, hello: Hello) -> None:
         self.hello = hello
+        self.pulse = Pulse(hello)
         self.state = "starting"
         self._unusable = ""
         self._pool.index.join(self.slot, max(LEAST_INDEX_BLOCKS, INDEX_BLOCKS_PER_PAGE * hello.gpu_blocks))
@@ -116,14 +120,29 @@ class Worker:
         self._pool.index.apply_events(self.slot, events)
 
     def stats(self, stats: Stats) -> None:
+        gets_on = self.pulse.reported(stats)
+        if self.state == "stalled" and gets_on:
+            log.info("worker %s gets on again", self.name)
+            self._join()
         if self.state == "ready":
             self.load.reported(stats, time.monotonic())
             self._pool.on_room(self.model)
 
     def draining(self, reason: str = "") -> None:
-        if self.state in ("starting", "ready"):
+        if self.state in ("starting", "ready", "stalled"):
             log.info("worker %s drains%s", self.name, f": {reason}" if reason else "")
+            served = self.state != "starting"
             self._leave("draining")
+            if served:
+                self._pool.on_drain(self)
+
+    # ---- stalling ----------------------------------------------------------------------------------
+
+    def stalled(self, silent_s: float) -> None:
+        """It does not get on: no requests until it does."""
+        if self.state == "ready":
+            log.warning("worker %s has stalled: silent for %.1f s", self.name, silent_s)
+            self._leave("stalled")
 
     # ---- leaving ---------------------------------------------------------------------------------
 
@@ -159,10 +178,13 @@ class Worker:
         if self.address.terminating:
             self.state = "draining"
             return
+        log.info("worker %s serves %s", self.name, self.model.name)
+        self._join()
+        self._pool.on_room(self.model)
+
+    def _join(self) -> None:
         self.state = "ready"
         self.model.workers[self.slot] = self
-        log.info("worker %s serves %s", self.name, self.model.name)
-        self._pool.on_room(self.model)
 
 
 class WorkerPool:
@@ -177,12 +199,15 @@ class WorkerPool:
         router_id: str,
         max_queue: int,
         on_room: Callable[[ServedModel], None],
+        on_drain: Callable[[Worker], None],
     ) -> None:
-        """`on_room` is called whenever a model's workers may have become able to take more."""
+        """`on_room` is called whenever a model's workers may have become able to take more, `on_drain` when
+        one that has served takes no new requests any more."""
         self.index = index
         self.secret = secret
         self.router_id = router_id
         self.on_room = on_room
+        self.on_drain = on_drain
         self.workers: dict[tuple[str, int], Worker] = {}
         self.models: dict[str, ServedModel] = {}
         self._retiring: set[Worker] = set()

@@ -133,6 +133,7 @@ class WorkerChannel:
         priority: int = 0,
         tenant: str = "",
         trace_id: str = "",
+        generated: int = 0,
     ) -> int:
         """Send a request (fields as in `messages.Submit`) and return its number.
 
@@ -142,7 +143,7 @@ class WorkerChannel:
         connection = self._open_connection()
         request = self._last_request + 1
         frame = encode_frame(
-            Submit(request, tokens, root, hashes, sampling, retention, priority, tenant, trace_id)
+            Submit(request, tokens, root, hashes, sampling, retention, priority, tenant, trace_id, generated)
         )
         waiting = connection.waiting_bytes()
         if waiting + len(frame) > self._limits.max_buffered_bytes:

@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 
 #: Peers of different versions refuse each other with a message naming both.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Tier = Literal["gpu", "host", "store"]
 TIERS: tuple[Tier, ...] = ("gpu", "host", "store")
@@ -26,8 +26,8 @@ TIERS: tuple[Tier, ...] = ("gpu", "host", "store")
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 #: Whose fault an `error` is. `invalid_request`: the client's, another worker would answer the same;
-#: `draining`: the worker takes no new requests; `internal`: the worker failed; `worker_lost`: never sent,
-#: the router's end of the channel reports so that the connection broke.
+#: `draining`: the worker takes no new requests and ends those it has; `internal`: it failed this request;
+#: `worker_lost`: its engine is dead. The router's end of the channel says so too when the connection breaks.
 ErrorKind = Literal["invalid_request", "draining", "internal", "worker_lost"]
 
 DEFAULT_PRIORITY = 35
@@ -121,6 +121,7 @@ class Hello(msgspec.Struct, tag="hello", array_like=True, frozen=True):
     max_running: int  # sequences in one step at most
     prefill_tokens_per_s: float  # measured at warm-up: seeds the router's learned rate
     decode_step_s: float  # measured at warm-up, one sequence
+    max_step_tokens: int = 8192  # one step computes at most so many: says how long an honest one takes
 
 
 # ---- requests ------------------------------------------------------------------------------------
@@ -129,8 +130,11 @@ class Hello(msgspec.Struct, tag="hello", array_like=True, frozen=True):
 class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     """Serve this prompt. `request` is unique on the connection and chosen by the router.
 
-    `hashes` names the prompt's full blocks; `root` is the parent of block 0. `retention` ranges are in
+    `hashes` names the full blocks of `tokens`; `root` is the parent of block 0. `retention` ranges are in
     prompt tokens, sorted and disjoint. `tenant` owns the blocks in the store's accounts.
+
+    A request that another worker began is continued: the last `generated` of `tokens` are its answer so far.
+    `sampling` is that of the whole request: limits, penalties and random numbers go on from there.
     """
 
     request: int
@@ -142,6 +146,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     priority: int = 0  # scheduling class: higher is served first
     tenant: str = ""
     trace_id: str = ""
+    generated: int = 0
 
 
 class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True):
@@ -156,7 +161,7 @@ class Cancel(msgspec.Struct, tag="cancel", array_like=True, frozen=True):
 class Start(msgspec.Struct, array_like=True, frozen=True):
     """Comes with a request's first token: what its prefill really cost and where its prefix came from."""
 
-    prompt_tokens: int
+    prompt_tokens: int  # with those of its answer that another worker generated
     gpu_tokens: int  # prefix hit tokens by tier; the rest was computed
     host_tokens: int
     store_tokens: int

@@ -77,7 +77,7 @@ async def _serve(config: WorkerConfig, drain_timeout_s: float) -> int:
     if failed.done():
         log.error("the engine has failed, see above; this process ends")
     elif not await worker.drain(drain_timeout_s):
-        log.warning("requests still ran after %g s of draining; they are cut off", drain_timeout_s)
+        log.warning("requests still ran after %g s of draining; routers take them elsewhere", drain_timeout_s)
     try:
         async with asyncio.timeout(STOP_TIMEOUT_S):
             await worker.stop()

@@ -32,7 +32,10 @@ def check_request(request: Request, limits: RequestLimits) -> None:
     _check_prompt(request, limits)
     _check_hashes(request, limits.block_size)
     _check_sampling(request.sampling, limits.vocab_size)
-    _check_retention(request.retention, len(request.tokens))
+    # A continued request has a prompt and is not at its end.
+    most = min(len(request.tokens), request.sampling.max_tokens) - 1
+    _check_range("generated", request.generated, 0, most)
+    _check_retention(request.retention, request.prompt_length)
 
 
 def _check_prompt(request: Request, limits: RequestLimits) -> None:

@@ -46,7 +46,7 @@ def commit(
             continue
         token = sampled.tokens[row]
         tokens = sequence.tokens
-        start = _start(sequence, now, counters) if len(tokens) == sequence.prompt_length else None
+        start = _start(sequence, now, counters) if len(tokens) == sequence.given else None
         tokens.append(token)
         key = sequence.request.key
         logprob = logprobs[row] if logprobs is not None else None
@@ -89,12 +89,12 @@ def _name_generated_blocks(scheduler: Scheduler, plan: StepPlan, now: float) -> 
 def _start(sequence: Sequence, now: float, counters: Counters) -> Start:
     first_planned_s = sequence.first_planned_s
     assert first_planned_s is not None, "a token came from a step that nobody planned"
-    counters.prompt_tokens += sequence.prompt_length
+    counters.prompt_tokens += sequence.given
     counters.hit_tokens["gpu"] += sequence.gpu_tokens
     counters.hit_tokens["host"] += sequence.host_tokens
     counters.hit_tokens["store"] += sequence.store_tokens
     return Start(
-        prompt_tokens=sequence.prompt_length,
+        prompt_tokens=sequence.given,
         gpu_tokens=sequence.gpu_tokens,
         host_tokens=sequence.host_tokens,
         store_tokens=sequence.store_tokens,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from kernels.compiled import kernels_compiled
 from kernels.kv_payload import Codec
-from services.wire.messages import Finish, FinishReason, Stats, Tier
+from services.wire.messages import ErrorKind, Finish, FinishReason, Stats, Tier
 from services.worker.block_copies import BlockCopies
 from services.worker.check import RequestLimits, check_request
 from services.worker.commit import commit, end
@@ -149,7 +149,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises RequestError if it cannot be served, or none can any more."""
+        """Queue a request. Raises RequestError if it cannot be served, EngineClosed if none can any more."""
         check_request(request, self._request_limits)
         sampling = request.sampling
         stop_ids = frozenset(sampling.stop_token_ids)
@@ -157,7 +157,7 @@ class Engine:
             Sequence(
                 request,
                 block_size=self._config.block_size,
-                max_length=min(len(request.tokens) + sampling.max_tokens, self.max_model_len),
+                max_length=min(request.prompt_length + sampling.max_tokens, self.max_model_len),
                 stop_ids=stop_ids if sampling.ignore_eos else stop_ids | self._eos,
             )
         )
@@ -204,15 +204,17 @@ class Engine:
     # ---- the engine's thread
 
     def _run(self) -> None:
+        kind: ErrorKind = "draining"
         reason = "the engine was stopped"
         try:
             while not self._stopping:
                 self._turn()
         except Exception as error:
             log.exception("the engine failed")
+            kind = "worker_lost"
             reason = f"the engine failed: {_describe(error)}"
         finally:
-            self._end_all(reason)
+            self._end_all(reason, kind)
 
     def _turn(self) -> None:
         self._turned_s = self._clock()
@@ -306,7 +308,7 @@ class Engine:
             if s.phase is not Phase.FINISHED
         ]
 
-    def _end_all(self, reason: str) -> None:
+    def _end_all(self, reason: str, kind: ErrorKind) -> None:
         """The engine is over. Its books may be what broke: nothing is released but what the store holds."""
         self._inbox.close(reason)
         if self._loads is not None:
@@ -314,7 +316,7 @@ class Engine:
         outputs = []
         for sequence in self._inbox.live():
             self.counters.finished["error"] += 1
-            finish = Finish("error", message=reason, preemptions=sequence.preemptions)
+            finish = Finish("error", message=reason, preemptions=sequence.preemptions, error_kind=kind)
             outputs.append(Output(sequence.request.key, finish=finish))
         self._deliver(StepReport(outputs))
 

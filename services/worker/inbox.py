@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterable
 
-from services.worker.request import RequestError
+from services.worker.request import EngineClosed, RequestError
 from services.worker.sequence import Sequence
 
 
@@ -21,11 +21,11 @@ class Inbox:
         self._refusal = ""  # why nothing is taken any more
 
     def submit(self, sequence: Sequence) -> None:
-        """Raises RequestError when the inbox is closed or the key is in use."""
+        """Raises EngineClosed after `close`, RequestError when the key is in use."""
         key = sequence.request.key
         with self._changed:
             if self._refusal:
-                raise RequestError(self._refusal)
+                raise EngineClosed(self._refusal)
             if key in self._live:
                 raise RequestError(f"key {key!r} names a live request already")
             self._live[key] = sequence

@@ -121,6 +121,7 @@ class Worker:
             max_running=config.engine.max_running,
             prefill_tokens_per_s=rates.prefill_tokens_per_s,
             decode_step_s=rates.decode_step_s,
+            max_step_tokens=config.engine.max_step_tokens,
         )
         server = WorkerServer(engine, hello, model.text, config.secret, self._registry)
         labels = server.labelled.labels

@@ -10,6 +10,10 @@ import msgspec
 from services.wire.messages import Finish, Logprob, Retention, SamplingParams, Start, Stats, Tier
 
 
+class EngineClosed(Exception):
+    """The engine takes nothing more; the message says why."""
+
+
 class RequestError(ValueError):
     """The request cannot be served as it stands; the message names the field, the value and the limit."""
 
@@ -18,8 +22,9 @@ class RequestError(ValueError):
 class Request:
     """One prompt to continue. `key` is the caller's name for it, unique among live requests.
 
-    `hashes` names the prompt's full blocks in order; `root` is the parent of block 0. Retention ranges are
-    in prompt tokens, sorted and disjoint.
+    `hashes` names the full blocks of `tokens` in order; `root` is the parent of block 0. Retention ranges are
+    in prompt tokens, sorted and disjoint. The last `generated` tokens are the beginning of the answer, made
+    by another worker: `sampling` counts them as its own.
     """
 
     key: Hashable
@@ -31,6 +36,11 @@ class Request:
     priority: int = 0
     tenant: str = ""
     arrival_s: float = 0.0  # on the engine's clock
+    generated: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.tokens) - self.generated
 
 
 class Output(msgspec.Struct, frozen=True):

@@ -408,9 +408,9 @@ class Scheduler:
         self._changed_pages[sequence.slot, index] = page
 
     def _advance(self, sequence: Sequence, computed: int) -> int:
-        """Move `computed` forward; returns the prompt tokens that this accounts for, each once in a life."""
+        """Move `computed` forward; returns the given tokens that this accounts for, each once in a life."""
         sequence.computed = max(sequence.computed, computed)
-        fresh = min(sequence.computed, sequence.prompt_length) - min(sequence.seen, sequence.prompt_length)
+        fresh = min(sequence.computed, sequence.given) - min(sequence.seen, sequence.given)
         sequence.seen = max(sequence.seen, sequence.computed)
         return max(0, fresh)
 

@@ -48,6 +48,7 @@ class Sequence:
         "capacity",
         "computed",
         "first_planned_s",
+        "given",
         "gpu_tokens",
         "hashes",
         "host_tokens",
@@ -76,12 +77,13 @@ class Sequence:
         self.request = request
         self.order: tuple[int, float, int]  # lower is served first; set when it joins the queue
         self.tokens = array("I", request.tokens)
-        self.prompt_length = len(self.tokens)
+        self.given = len(self.tokens)  # to prefill: the prompt, and what another worker generated
+        self.prompt_length = request.prompt_length  # the rest is answer, whoever made it
         self.max_length = max_length  # prompt and generated tokens at most
         self.stop_ids = stop_ids
         self.hashes = list(request.hashes)  # of the full blocks of `tokens`, in order
         self.phase = Phase.WAITING
-        self.length = self.prompt_length
+        self.length = self.given
         self.computed = 0
         self.seen = 0  # leading tokens counted as hit or computed already: recomputing counts for nothing
         self.pages: list[int] = []
@@ -91,7 +93,7 @@ class Sequence:
         self.loading = False  # a load is under way, or has brought what computing has not met yet
         self.stalled_s = 0.0  # that it let pass without computing, for a load to end
         self.awaits: bytes | None = None  # block that another sequence is loading for both
-        self.uncached = self.prompt_length  # tokens to compute at admission, estimated on arrival
+        self.uncached = self.given  # tokens to compute at admission, estimated on arrival
         self.gpu_tokens = 0  # prefix hits by tier
         self.host_tokens = 0
         self.store_tokens = 0
@@ -144,7 +146,7 @@ def _wishes(request: Request, block_size: int) -> dict[int, tuple[int, float | N
     """Retention by block; a block that several ranges touch takes the highest priority of them."""
     by_block: dict[int, tuple[int, float | None]] = {}
     for item in request.retention:
-        end = len(request.tokens) if item.end is None else item.end
+        end = request.prompt_length if item.end is None else item.end
         for index in range(item.start // block_size, -(-end // block_size)):
             if index not in by_block or by_block[index][0] < item.priority:
                 by_block[index] = (item.priority, item.ttl_s)

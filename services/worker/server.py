@@ -21,7 +21,7 @@ from services.wire.hashes import split_hashes, unpack_tokens
 from services.wire.limits import ChannelLimits
 from services.wire.messages import Hello, Stats, StepItem, Submit, TextAssets
 from services.worker.metrics import LabelledRegistry, WorkerMetrics
-from services.worker.request import Request, RequestError, StepListener, StepReport
+from services.worker.request import EngineClosed, Request, RequestError, StepListener, StepReport
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class EngineLike(Protocol):
         """Begin to step; `listener` is called on the engine's thread."""
 
     def submit(self, request: Request) -> None:
-        """Queue a request: it will get exactly one Output with a `finish`. Raises RequestError."""
+        """Queue a request: it will get exactly one Output with a `finish`. Raises RequestError for one that
+        cannot be served, EngineClosed when none can any more."""
 
     def cancel(self, key: Hashable) -> None:
         """Free what the request holds within one step. Unknown keys are fine."""
@@ -178,6 +179,9 @@ class WorkerServer:
         except RequestError as error:
             self.metrics.refused("invalid_request")
             raise SubmitError("invalid_request", str(error)) from error
+        except EngineClosed as error:
+            self.metrics.refused("draining")
+            raise SubmitError("draining", str(error)) from error
         except SubmitError as error:
             self.metrics.refused(error.kind)
             raise
@@ -203,4 +207,5 @@ def _request(stream: Stream, message: Submit, now_s: float) -> Request:
         priority=message.priority,
         tenant=message.tenant,
         arrival_s=now_s,
+        generated=message.generated,
     )

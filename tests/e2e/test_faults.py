@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 
 from services.cache_store.embedded import start_redis
 from tests.cache_store.conftest import SERVERS
-from tests.e2e.parts import Stack, eventually, route_of, stack
+from tests.e2e.parts import Stack, eventually, stack
 from tests.launch.started import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
@@ -72,23 +70,6 @@ def stored(running: Stack) -> float:
 
 def written(running: Stack) -> float:
     return sum(w.metric("reprise_store_tier_total", what="written:stored") for w in running.workers.values())
-
-
-def test_a_worker_killed_in_a_stream_ends_it_with_an_error_event_and_the_other_serves_on(
-    tiny_model_path: Path,
-) -> None:
-    with stack(tiny_model_path, 2) as running:
-        body = {"model": "tiny", "prompt": prompt(1), "max_tokens": 800, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=30) as answer:
-            lines = answer.iter_lines()
-            assert json.loads(next(lines).removeprefix("data: "))["choices"]
-            running.workers[route_of(answer.headers)["worker"]].process.kill()
-            killed_s = time.monotonic()
-            events = [line.removeprefix("data: ") for line in lines if line]
-            assert time.monotonic() - killed_s < 5
-        assert json.loads(events[-1])["error"]["message"]
-        for seed in range(4):
-            assert running.client.completions.create(model="tiny", prompt=prompt(seed), max_tokens=4).choices
 
 
 def test_a_client_that_hangs_up_gives_its_pages_back(tiny_model_path: Path) -> None:

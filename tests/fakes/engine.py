@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.wire.hashes import chain_hashes, pack_tokens
 from services.wire.messages import Finish, FinishReason, Logprob, Start, Stats
@@ -29,14 +29,15 @@ Reply = str | Callable[[Request], Iterable[int]] | None
 class _Run:
     request: Request
     script: Iterator[int]
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int]  # generated, those before this engine included
 
 
 class FakeEngine:
     """`EngineLike` over a script.
 
-    `reply`: a text that ends with EOS, a function from request to token ids (EOS follows), or None for an
-    endless one. `step_s` and `prefill_tokens_per_s` are simulated times and may be changed while it runs.
+    `reply`: a text that ends with EOS, a function from request to the token ids that follow its own (then EOS
+    follows), or None for an endless one. `step_s` and `prefill_tokens_per_s` are simulated times and may be
+    changed while it runs.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class FakeEngine:
         gpu_blocks: int = 4096,
         max_running: int = 256,
         max_model_len: int = 8192,
+        max_step_tokens: int = 512,
     ) -> None:
         self.reply = reply
         self.step_s = step_s
@@ -57,6 +59,7 @@ class FakeEngine:
         self.gpu_blocks = gpu_blocks
         self.max_running = max_running
         self.max_model_len = max_model_len
+        self.max_step_tokens = max_step_tokens  # said to routers; prompts are prefilled whole
         self.submitted: list[Request] = []  # all that was ever taken
         self.cancelled: list[Hashable] = []  # all that was ever asked to stop
         self._changed = threading.Condition()
@@ -186,14 +189,16 @@ class FakeEngine:
         if not self._waiting or len(self._running) >= self.max_running:
             return None
         key, request = self._waiting.popitem(last=False)
-        self._running[key] = _Run(request, self._script(request))
+        generated = list(request.tokens[request.prompt_length :])
+        self._running[key] = _Run(request, self._script(request), generated)
         return request
 
     def _script(self, request: Request) -> Iterator[int]:
-        if self.reply is None:
-            return itertools.cycle(ENDLESS)
-        tokens = self.reply.encode() if isinstance(self.reply, str) else self.reply(request)
-        return itertools.chain(tokens, itertools.repeat(EOS))
+        if callable(self.reply):
+            return itertools.chain(self.reply(request), itertools.repeat(EOS))
+        whole = itertools.cycle(ENDLESS) if self.reply is None else iter(self.reply.encode())
+        rest = itertools.islice(whole, request.generated, None)
+        return itertools.chain(rest, itertools.repeat(EOS))
 
     def _prefill(self, request: Request) -> Output:
         started_s = time.monotonic()
@@ -236,7 +241,7 @@ class FakeEngine:
             top = tuple(((token + n) % FAKE_VOCAB, -0.5 - n) for n in range(sampling.logprobs))
             logprobs = (Logprob(-0.5, top),)
         reason: FinishReason | None = None
-        length = len(run.request.tokens) + len(run.tokens)
+        length = run.request.prompt_length + len(run.tokens)
         if len(run.tokens) >= sampling.max_tokens or length >= self.max_model_len:
             reason = "length"
             self._finish(run)
@@ -248,7 +253,7 @@ class FakeEngine:
         request = run.request
         full = len(request.hashes)
         parent = request.hashes[-1] if full else request.root
-        rest = [*request.tokens[full * self.block_size :], *run.tokens]
+        rest = [*request.tokens[: request.prompt_length], *run.tokens][full * self.block_size :]
         self._keep(chain_hashes(parent, pack_tokens(rest), self.block_size))
 
     def _keep(self, hashes: Iterable[bytes]) -> None:

@@ -55,6 +55,7 @@ class FakeWorker:
             max_running=engine.max_running,
             prefill_tokens_per_s=engine.prefill_tokens_per_s,
             decode_step_s=engine.step_s,
+            max_step_tokens=engine.max_step_tokens,
         )
         sock = bind(self.host, self.port, self.secret)
         self.port = sock.getsockname()[1]
@@ -63,6 +64,12 @@ class FakeWorker:
         await self.server.start(sock)
 
     async def stop(self) -> None:
+        await self.server.stop()
+
+    async def kill(self) -> None:
+        """Die as by SIGKILL: what is not sent is lost, nobody is told anything."""
+        for connection in list(self.server.channel.connections):
+            connection.abort()
         await self.server.stop()
 
     async def __aenter__(self) -> FakeWorker:

@@ -16,11 +16,12 @@ import uvloop
 from tests.fakes.clock import CLOCK_WORDS, clock_reply
 from tests.fakes.engine import FakeEngine
 from tests.fakes.fake_worker import FakeWorker
+from tests.fakes.sampled import sampled_reply
 
 
 async def _serve(options: argparse.Namespace) -> None:
     engine = FakeEngine(
-        clock_reply if options.clock else options.reply,
+        clock_reply if options.clock else sampled_reply if options.sampled else options.reply,
         step_s=options.step_ms / 1000,
         prefill_tokens_per_s=options.prefill_tokens_per_s,
         block_size=options.block_size,
@@ -50,6 +51,9 @@ def main() -> None:
     parser.add_argument("--reply", help="text of every answer; endless without")
     parser.add_argument(
         "--clock", action="store_true", help="tokens tell when they were made, see fakes.clock"
+    )
+    parser.add_argument(
+        "--sampled", action="store_true", help="tokens depend on what sampling does, see fakes.sampled"
     )
     parser.add_argument("--step-ms", type=float, default=0.0)
     parser.add_argument("--prefill-tokens-per-s", type=float, default=1e9)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Hashable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -100,6 +101,29 @@ def test_mixed_steps_replay_graphs_and_change_little() -> None:
     run = replayed.run(requests(40), every=1)
     assert agreement(run, launched.run(requests(40), every=1)) > 0.6
     replayed.check_empty()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_answers_that_go_on_on_another_engine_change_little(temperature: float) -> None:
+    """The same random numbers and penalties; what was decoded is prefilled, whose rounding differs."""
+    sampling = {"temperature": temperature, "top_p": 0.9, "presence_penalty": 0.5, "min_tokens": 8}
+    begun = requests(**sampling)
+    whole = stepped(max_running=16).run(begun)
+    cuts = {request.key: len(whole[request.key]) // 2 for request in begun}
+    goes_on = [
+        make_request(
+            request.key,
+            [*request.tokens, *whole[request.key][: cuts[request.key]]],
+            block_size=BLOCK,
+            generated=cuts[request.key],
+            **msgspec.structs.asdict(request.sampling),
+        )
+        for request in begun
+    ]
+    other = stepped(max_running=16)
+    rest = other.run(goes_on)
+    assert agreement(rest, {key: tokens[cuts[key] :] for key, tokens in whole.items()}) > 0.6
+    other.check_empty()
 
 
 @pytest.mark.parametrize("depth", [1, 2])

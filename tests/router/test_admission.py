@@ -12,7 +12,7 @@ from services.router.retry import BURST, RetryBudget
 class Waiter:
     number: int
     priority: int = 0
-    arrival_s: float = 0.0
+    waiting_since_s: float = 0.0
 
 
 def drain(queue):
@@ -73,7 +73,7 @@ def test_nothing_waits_in_a_queue_of_zero_but_what_is_put_back():
 def test_the_overdue_are_those_that_came_before():
     queue = AdmissionQueue(5)
     for i in range(4):
-        queue.admit(Waiter(i, arrival_s=float(i)), float(i))
+        queue.admit(Waiter(i, waiting_since_s=float(i)), float(i))
     assert [waiter.number for waiter in queue.overdue(2.0)] == [0, 1]
 
 

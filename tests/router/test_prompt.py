@@ -32,6 +32,22 @@ async def test_block_names_are_those_of_the_wire_contract():
     assert len(prompt.hashes(CARD.fingerprint, 16)) == 3
 
 
+@pytest.mark.parametrize("prompt_length", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize("answer_length", [0, 1, 15, 16, 60])
+async def test_an_answers_blocks_are_named_as_if_prompt_and_answer_were_one_prompt(
+    prompt_length, answer_length
+):
+    prompt = await build(CompletionRequest(model="m", prompt="x" * prompt_length))
+    answer = list(range(answer_length))
+    whole = await build(CompletionRequest(model="m", prompt=prompt.tokens + answer))
+    for size in (16, 32):
+        assert prompt.with_answer(answer, CARD.fingerprint, size) == (
+            whole.packed,
+            whole.hashes(CARD.fingerprint, size),
+        )
+    assert len(prompt.hashes(CARD.fingerprint, 16)) == prompt_length // 16
+
+
 async def test_token_ids_are_taken_as_they_are_and_checked():
     prompt = await build(CompletionRequest(model="m", prompt=[5, EOS, 7]))
     assert prompt.tokens == [5, EOS, 7]

@@ -29,6 +29,7 @@ def make_request(
     retention: tuple[Retention, ...] = (),
     tenant: str = "",
     block_size: int = BLOCK,
+    generated: int = 0,
     **sampling: object,
 ) -> Request:
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, **sampling)  # type: ignore[arg-type]
@@ -42,4 +43,5 @@ def make_request(
         priority=priority,
         tenant=tenant,
         arrival_s=arrival_s,
+        generated=generated,
     )

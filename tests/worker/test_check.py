@@ -36,11 +36,22 @@ def retained(*ranges: Retention) -> Request:
 def test_an_ordinary_request_passes() -> None:
     check_request(make_request("a", prompt(511), temperature=0.7, top_p=0.9, logit_bias={3: -5.0}), LIMITS)
     check_request(retained(Retention(0, 10, 90, 5.0), Retention(10, None, 0)), LIMITS)
+    check_request(make_request("a", prompt(40), max_tokens=40, generated=39), LIMITS)
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
+        (changed(generated=-1), "generated must be at least 0 and at most 7, got -1"),
+        (changed(generated=8), "generated must be at least 0 and at most 7, got 8"),
+        (
+            make_request("a", prompt(5), max_tokens=9, generated=5),
+            "generated must be at least 0 and at most 4, got 5",
+        ),
+        (
+            changed(generated=7, retention=(Retention(0, 34),)),
+            "within the prompt's 33 tokens, got 0 to 34",
+        ),
         (changed(tokens=[], hashes=[]), "tokens must hold at least 1 token, got 0"),
         (changed(tokens=[3, 320] * 20), "tokens must be token ids from 0 to 319, got 320"),
         (changed(tokens=[3, -1] * 20), "tokens must be token ids from 0 to 319, got -1"),

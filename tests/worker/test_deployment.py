@@ -7,7 +7,7 @@ import asyncio
 import pydantic
 import pytest
 
-from services.wire.messages import Stats
+from services.wire.messages import PROTOCOL_VERSION, Stats
 from services.worker.deployment import AppArgs, WorkerReplica, app
 
 # Serve awaits a replica's __del__; here the garbage collector calls it too and finds nobody to await it.
@@ -41,7 +41,7 @@ def replica(worker: StandIn) -> WorkerReplica:
 def test_a_replica_publishes_where_it_is() -> None:
     made = replica(StandIn())
     assert made.record_replica_metadata() == {
-        "host": "10.0.0.1", "port": 9101, "protocol": 1, "metrics_port": 9102,
+        "host": "10.0.0.1", "port": 9101, "protocol": PROTOCOL_VERSION, "metrics_port": 9102,
     }  # fmt: skip
     assert made.metrics_url() == "http://10.0.0.1:9102/metrics"
 

@@ -11,7 +11,7 @@ import pytest
 
 from services.worker.engine import Engine, EngineConfig
 from services.worker.plan import StepPlan
-from services.worker.request import RequestError, StepReport
+from services.worker.request import EngineClosed, RequestError, StepReport
 from services.worker.runner import Launched
 from tests.worker.requests import make_request, prompt
 from tests.worker.stepping import MemoryStore, Stepped, tiny_model
@@ -121,8 +121,9 @@ def test_requests_are_told_when_the_engine_is_stopped() -> None:
     finishes = {o.key: o.finish for report in reports for o in report.outputs if o.finish}
     assert set(finishes) == {0, 1, 2, 3}
     assert {(f.reason, f.message) for f in finishes.values()} == {("error", "the engine was stopped")}
+    assert {f.error_kind for f in finishes.values()} == {"draining"}
     assert engine.idle
-    with pytest.raises(RequestError, match="the engine was stopped"):
+    with pytest.raises(EngineClosed, match="the engine was stopped"):
         engine.submit(make_request("late", prompt(5)))
 
 
@@ -140,8 +141,9 @@ def test_a_broken_engine_tells_everyone_and_is_not_healthy() -> None:
     (output,) = [output for report in reports for output in report.outputs]
     assert output.finish is not None
     assert output.finish.message == "the engine failed: AssertionError: books do not balance"
+    assert output.finish.error_kind == "worker_lost"
     wait_for(lambda: not engine.healthy())
-    with pytest.raises(RequestError, match="books do not balance"):
+    with pytest.raises(EngineClosed, match="books do not balance"):
         engine.submit(make_request("b", prompt(5)))
 
 
@@ -168,7 +170,7 @@ def test_a_draining_engine_finishes_what_it_has_and_takes_nothing_more() -> None
     stepped = Stepped()
     stepped.engine.submit(make_request("a", prompt(20), ignore_eos=True))
     stepped.engine.drain()
-    with pytest.raises(RequestError, match="the engine is draining"):
+    with pytest.raises(EngineClosed, match="the engine is draining"):
         stepped.engine.submit(make_request("b", prompt(20)))
     stepped.run()
     assert stepped.finishes["a"].reason == "length"
