@@ -85,7 +85,8 @@ class SamplingBatch:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Log-probabilities are natural, after bias, penalties and mask, before temperature; None unless asked for.
+    """Log-probabilities are natural, after bias, penalties and mask, before temperature;
+    None unless asked for.
 
     A row's `finite` is False where its logits say nothing: one of them is NaN or +inf, or none is above -inf.
     """
