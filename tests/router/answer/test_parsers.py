@@ -63,7 +63,8 @@ PUBLISHED = {
     # https://qwen.readthedocs.io/en/v2.5/framework/function_call.html
     "qwen 2.5, parallel": (
         "hermes",
-        '<tool_call>\n{"name": "get_current_temperature", "arguments": {"location": "San Francisco, CA, USA"}}'
+        '<tool_call>\n{"name": "get_current_temperature", "arguments": {"location": '
+        '"San Francisco, CA, USA"}}'
         '\n</tool_call>\n<tool_call>\n{"name": "get_temperature_date", "arguments": {"location": '
         '"San Francisco, CA, USA", "date": "2024-10-01"}}\n</tool_call>',
         "",
