@@ -8,10 +8,12 @@ import logging
 import re
 import time
 from collections.abc import Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 import msgspec
 
+from services.router.api.answering import answering
 from services.router.api.checks import check_chat, check_completion
 from services.router.api.decode import decode
 from services.router.api.errors import ApiError, failed, invalid, unavailable
@@ -110,6 +112,10 @@ class Generate:
         model = self._find(request.model)
         card, text = model.card, model.text  # the model may be updated while we tokenise
         prompt = await self._prompts.build(request, len(body), text, card, model.block_size, salt)
+        make = partial(
+            answering, request, text, prompt.end, self._config.tool_call_parser, self._config.thinks
+        )
+        answers = await self._prompts.run(len(body), make)
         trace = _TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
         choices = request.n or 1
         job = Job(
@@ -117,7 +123,9 @@ class Generate:
             model=model,
             text_digest=card.text_digest,
             prompt=prompt,
-            sampling=sampling_params(request, card, text.generation_defaults, len(prompt.tokens)),
+            sampling=sampling_params(
+                request, card, text.generation_defaults, len(prompt.tokens), answers.grammar
+            ),
             choices=choices,
             priority=request.priority or 0,
             tenant=tenant,
@@ -126,8 +134,8 @@ class Generate:
         )
         stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
         with_usage = bool(request.stream_options and request.stream_options.include_usage)
-        format = Format(kind, request.model, card.fingerprint, choices, with_usage, text.tokenizer)
-        relay = Relay(job, text, stops, format, self._dispatcher, self._metrics)
+        format = Format(kind, request.model, card.fingerprint, choices, with_usage, text.tokenizer, answers)
+        relay = Relay(job, text.showing(answers.marks), stops, format, self._dispatcher, self._metrics)
         watcher = asyncio.create_task(self._watch(receive, job))
         try:
             self._dispatcher.submit(job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 from services.router.answer.hermes import HermesParser
@@ -46,6 +47,7 @@ class Family:
         return thoughts + (_MARKS[self.calls] if calls else ())
 
 
+@lru_cache(maxsize=64)  # of some kilobytes each, and asked for with every request
 def family_of(template: str, calls: CallStyle | None = None, thinks: bool | None = None) -> Family:
     """That of a model with this chat template. What is given holds instead of what the template tells.
 
