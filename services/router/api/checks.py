@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from services.router.api.errors import invalid
-from services.router.api.requests import ChatRequest, CompletionRequest, NamedTool, Sampling
+from services.router.api.requests import (
+    MAX_PROMPTS,
+    ChatRequest,
+    CompletionRequest,
+    NamedTool,
+    Sampling,
+)
 
 #: Variables that templates get from us.
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
@@ -29,12 +35,14 @@ def check_chat(request: ChatRequest) -> None:
 def check_completion(request: CompletionRequest) -> None:
     """Raises ApiError (400) for what we do not implement or what contradicts itself."""
     _check_common(request)
-    if request.echo:
-        raise _only("echo", "false")
-    if not isinstance(request.prompt, str) and any(not isinstance(item, int) for item in request.prompt):
-        raise invalid(
-            "prompt: lists of prompts are not supported; send a string or one list of token ids", "prompt"
-        )
+    if request.echo and request.logprobs is not None:
+        raise invalid("echo cannot be combined with logprobs: a prompt's own are not computed", "echo")
+    if isinstance(request.prompt, str):
+        return
+    if len({type(item) for item in request.prompt}) > 1:
+        raise invalid("prompt must be a text, token ids, or a list of either kind alone", "prompt")
+    if not isinstance(request.prompt[0], int) and len(request.prompt) > MAX_PROMPTS:
+        raise invalid(f"prompt: at most {MAX_PROMPTS} prompts, got {len(request.prompt)}", "prompt")
 
 
 def _check_tools(request: ChatRequest) -> None:

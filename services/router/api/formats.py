@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 import msgspec
@@ -83,6 +83,20 @@ _STYLES: dict[Kind, _Style] = {
 }
 
 
+class Writer(Protocol):
+    """How the answers to one request are written, as `Format` does it."""
+
+    def begin(self, index: int) -> bytes: ...
+
+    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes: ...
+
+    def finish(self, index: int, reason: FinishReason) -> bytes: ...
+
+    def usage(self, usage: Usage) -> bytes: ...
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes: ...
+
+
 class Format:
     """How one request's answers are written."""
 
@@ -95,7 +109,10 @@ class Format:
         usage_follows: bool,
         tokenizer: Tokenizer,
         answering: Answering,
+        echo: Sequence[str] = (),
     ) -> None:
+        """`echo`: texts that come before those of the choices, one for each."""
+        self._echo = echo
         self._call_style = answering.family.calls
         self._parsers = [answering.parser() for _ in range(choices)] if answering.parsed else None
         self._kind = kind
@@ -124,6 +141,8 @@ class Format:
 
     def begin(self, index: int) -> bytes:
         """Comes before the first text of a choice."""
+        if self._echo:
+            return self.delta(index, self._echo[index], None)
         return self._event(index, self._style.begin) if self._style.begin else b""
 
     def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
@@ -178,7 +197,10 @@ class Format:
         if self._kind == "chat":
             chat = [self._choice(i, answer) for i, answer in enumerate(answers)]
             return _encode(ChatCompletion(object="chat.completion", choices=chat, **same))
-        text = [TextChoice(i, a.text, self._logprobs(a), a.finish_reason) for i, a in enumerate(answers)]
+        echo = self._echo or [""] * len(answers)
+        text = [
+            TextChoice(i, echo[i] + a.text, self._logprobs(a), a.finish_reason) for i, a in enumerate(answers)
+        ]
         return _encode(TextCompletion(object="text_completion", choices=text, **same))
 
     def _choice(self, index: int, answer: Answer) -> ChatChoice:

@@ -17,6 +17,7 @@ MAX_TOP_K = 2**31 - 1  # what workers count with
 MAX_SCHEDULING_PRIORITY = 10
 MAX_RANGES = 64
 MAX_TOOLS = 128
+MAX_PROMPTS = 128
 
 NonNegative = Annotated[int, Meta(ge=0)]
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
@@ -258,11 +259,26 @@ class CompletionRequest(Sampling, kw_only=True):
     prompt: (
         Annotated[str, Meta(min_length=1)]
         | Annotated[
-            list[int | str | list[int]],
-            Meta(min_length=1, description="Token ids", extra_json_schema={"items": {"type": "integer"}}),
+            list[int | Annotated[str, Meta(min_length=1)] | Annotated[list[int], Meta(min_length=1)]],
+            Meta(
+                min_length=1,
+                description=f"Token ids; or up to {MAX_PROMPTS} prompts, each a text or token ids",
+                extra_json_schema={
+                    "anyOf": [
+                        {"items": {"type": "integer"}},
+                        {"items": {"type": "string", "minLength": 1}, "maxItems": MAX_PROMPTS},
+                        {
+                            "items": {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+                            "maxItems": MAX_PROMPTS,
+                        },
+                    ]
+                },
+            ),
         ]
     )
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=1, description="Only 1 is supported")] | None = None
-    echo: OnlyFalse | None = None
+    echo: Annotated[
+        bool | None, Meta(description="The prompt comes before its answer; not with `logprobs`")
+    ] = None
     suffix: Annotated[None, Meta(description="Not supported")] = None

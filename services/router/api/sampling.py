@@ -71,9 +71,9 @@ def for_choice(sampling: SamplingParams, index: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % _INT64)
 
 
-def check_prompt_ids(tokens: Iterable[int], card: ModelCard) -> None:
+def check_prompt_ids(tokens: Iterable[int], card: ModelCard, param: str = "prompt") -> None:
     """Raises ApiError (400) if a token id of the client's is not in the vocabulary."""
-    _check_ids("prompt", tokens, card)
+    _check_ids(param, tokens, card)
 
 
 def check_room(prompt_tokens: int, card: ModelCard, param: str) -> None:

@@ -54,12 +54,13 @@ class ModelText:
         tools: Sequence[dict[str, Any]] | None,
         extra: dict[str, Any] | None,
         starts_of: Sequence[int] = (),
+        add_generation_prompt: bool = True,
     ) -> ChatPrompt:
-        """Tokens of a conversation, ready for the assistant's answer, and where messages `starts_of`
-        (ascending; the number of messages means the end) begin. Raises TemplateError."""
+        """Tokens of a conversation, as a rule ready for the assistant's answer, and where messages
+        `starts_of` (ascending; the number of messages means the end) begin. Raises TemplateError."""
         if self.template is None:
             raise TemplateError("the model has no chat template")
-        text = self.template.render(messages, tools, extra)
+        text = self.template.render(messages, tools, extra, add_generation_prompt)
         if not starts_of:
             return ChatPrompt(self.tokenizer.encode(text), [], text[-END_CHARS:])
         tokens, token_starts = self.tokenizer.encode_with_starts(text)

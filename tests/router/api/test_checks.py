@@ -65,10 +65,15 @@ def test_values_that_change_nothing_are_accepted():
 
 
 @pytest.mark.parametrize(
-    ("fields", "word"),
-    [({"prompt": ["a", "b"]}, "lists of prompts"), ({"prompt": [[1, 2]]}, "lists of prompts"),
-     ({"prompt": "x", "echo": True}, "echo")],
-)  # fmt: skip
-def test_completions_take_one_prompt(fields, word):
-    with pytest.raises(ApiError, match=word):
+    ("fields", "param", "word"),
+    [
+        ({"prompt": ["a", 1]}, "prompt", "either kind"),
+        ({"prompt": ["a", [1]]}, "prompt", "either kind"),
+        ({"prompt": ["a"] * 129}, "prompt", "at most 128 prompts, got 129"),
+        ({"prompt": "x", "echo": True, "logprobs": 0}, "echo", "logprobs"),
+    ],
+)
+def test_prompts_are_of_one_kind_and_not_too_many(fields, param, word):
+    with pytest.raises(ApiError, match=word) as error:
         check_completion(CompletionRequest(model="m", **fields))
+    assert error.value.detail.param == param
