@@ -11,10 +11,19 @@ import torch
 
 from kernels import sampling_table as words
 from kernels.sampling_kernels import launch
-from kernels.sampling_rules import Bias, History, SampleResult, SamplingBatch, sample_rows
+from kernels.sampling_rules import Bias, History, SampleResult, SamplingBatch, TokenMask, sample_rows
 from kernels.sampling_table import MAX_BIASES, MAX_STOPS, SamplingTable
 
-__all__ = ["MAX_BIASES", "MAX_STOPS", "SampleResult", "SamplingTable", "launch", "reference", "sample"]
+__all__ = [
+    "MAX_BIASES",
+    "MAX_STOPS",
+    "SampleResult",
+    "SamplingTable",
+    "TokenMask",
+    "launch",
+    "reference",
+    "sample",
+]
 
 
 def sample(
@@ -25,6 +34,7 @@ def sample(
     lengths: torch.Tensor,
     *,
     logprobs: int = -1,
+    mask: TokenMask | None = None,
 ) -> SampleResult:
     """Choose the next token of every row and write it to tokens[slot, length].
 
@@ -33,10 +43,12 @@ def sample(
     and generated tokens; slots [L] int32, -1 = padding, which yields token 0, not finite, and writes nothing;
     lengths [L] int32, tokens that the row's sequence has so far. `logprobs`: -1 = no row asks for any; else
     how many best tokens a row asks for at most (what a row did not ask for is undefined in the result).
+    `mask` says what the rows that follow a grammar may say; none of them is padding.
 
     The first call for a vocabulary allocates scratch memory: not in the capture of a graph.
     """
-    return (launch if logits.is_cuda else reference)(logits, table, tokens, slots, lengths, logprobs=logprobs)
+    run = launch if logits.is_cuda else reference
+    return run(logits, table, tokens, slots, lengths, logprobs=logprobs, mask=mask)
 
 
 def reference(
@@ -47,6 +59,7 @@ def reference(
     lengths: torch.Tensor,
     *,
     logprobs: int = -1,
+    mask: TokenMask | None = None,
 ) -> SampleResult:
     """`sample` by the rules in PyTorch; leaves logits unchanged and waits for the device."""
     real = (slots >= 0).nonzero().squeeze(-1)
@@ -54,7 +67,10 @@ def reference(
     padded = len(real) < rows
     if padded:
         logits, slots, lengths = logits[real], slots[real], lengths[real]
-    chosen = sample_rows(logits.float(), _gathered(table, tokens, slots, lengths), logprobs=logprobs)
+        if mask is not None:
+            mask = TokenMask(torch.searchsorted(real, mask.rows.long()), mask.words)
+    batch = _gathered(table, tokens, slots, lengths, mask)
+    chosen = sample_rows(logits.float(), batch, logprobs=logprobs)
     tokens[slots, lengths] = chosen.tokens.int()
     if not padded:
         return chosen
@@ -71,7 +87,11 @@ def reference(
 
 
 def _gathered(
-    table: SamplingTable, tokens: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor
+    table: SamplingTable,
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    mask: TokenMask | None,
 ) -> SamplingBatch:
     """The lines of `slots` as the rules take them."""
     lines = table.parameters[slots]
@@ -105,4 +125,5 @@ def _gathered(
         position=position,
         bias=bias if len(rows) else None,
         history=history if len(penalised) else None,
+        mask=mask,
     )

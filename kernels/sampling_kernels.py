@@ -1,6 +1,7 @@
 """The sampler on CUDA: three kernels, whose grids depend on shapes only. Rules: `kernels.sampling_rules`.
 
     edit     bias, min_tokens and penalties (`kernels.sampling_edit`)
+    mask     only where a row of the step has a grammar (`kernels.sampling_mask`)
     chunks   over (row, 4,096 tokens): maximum and first token that has it; for rows that draw from everything
              the winner of the chunk; for the others the maxima of groups of 128 tokens
     rows     combines the chunks of a row and is done, unless the row has top_k, top_p or min_p
@@ -30,7 +31,8 @@ from kernels.pdl import PDL, launch_dependents, wait
 from kernels.philox import uniform_run_in_kernel
 from kernels.sampling_draw import draw_restricted, gumbel
 from kernels.sampling_edit import float_word, launch_edit
-from kernels.sampling_rules import SampleResult
+from kernels.sampling_mask import launch_mask
+from kernels.sampling_rules import SampleResult, TokenMask
 from kernels.sampling_table import SamplingTable
 from kernels.tuned import sampling_sm90 as tuned
 
@@ -54,6 +56,7 @@ def launch(
     lengths: torch.Tensor,
     *,
     logprobs: int = -1,
+    mask: TokenMask | None = None,
 ) -> SampleResult:
     """`kernels.sampling.sample` in Triton."""
     rows, vocab = logits.shape
@@ -79,6 +82,8 @@ def launch(
     lists = torch.empty(rows, groups + tuned.TILE, dtype=torch.int32, device=device)
 
     launch_edit(logits, table, tokens, slots, lengths)
+    if mask is not None:
+        launch_mask(logits, mask)
     launcher.launch(
         chunk_kernel,
         (rows, chunks),

@@ -1,7 +1,7 @@
 """The rules of sampling, in PyTorch: the next token of every row as one pure function of logits, parameters
 and (seed, position).
 
-Order: bias, penalties, [log-probabilities are taken here], temperature, min_p, top_k, top_p, draw.
+Order: bias, penalties, mask, [log-probabilities are taken here], temperature, min_p, top_k, top_p, draw.
 
 The draw is Gumbel-max: argmax of logit + noise, noise = -log(-log u), u from Philox keyed by the row's seed,
 the number of tokens it generated before and the token id. So a row's token never depends on the batch around
@@ -55,6 +55,14 @@ class History:
 
 
 @dataclass(frozen=True)
+class TokenMask:
+    """What the rows that follow a grammar may say; the other rows are not listed."""
+
+    rows: torch.Tensor  # [N] int32 or int64, index into the batch, each at most once
+    words: torch.Tensor  # [N, ceil(V / 32)] int32: bit t % 32 of word t // 32 is set if t is allowed
+
+
+@dataclass(frozen=True)
 class SamplingBatch:
     """Parameters of the rows of one step: tensors of R elements on the logits' device.
 
@@ -72,11 +80,13 @@ class SamplingBatch:
     position: torch.Tensor  # int64: tokens that the request has generated so far
     bias: Bias | None = None
     history: History | None = None
+    mask: TokenMask | None = None
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Log-probabilities are natural, after bias and penalties, before temperature; None unless asked for.
+    """Log-probabilities are natural, after bias, penalties and mask, before temperature;
+    None unless asked for.
 
     A row's `finite` is False where its logits say nothing: one of them is NaN or +inf, or none is above -inf.
     """
@@ -103,7 +113,7 @@ def sample_rows(logits: torch.Tensor, params: SamplingBatch, *, logprobs: int = 
     broken = ~(logits < torch.inf).all(-1)  # NaN is less than nothing
     if bool(broken.any()):
         logits = logits.masked_fill(broken.unsqueeze(-1), -torch.inf)
-    logits = _penalised(_biased(logits, params.bias), params)
+    logits = _masked(_penalised(_biased(logits, params.bias), params), params.mask)
     finite = logits.amax(-1) > -torch.inf
     tokens = logits.argmax(-1)
     drawn = ((params.temperature > 0) & finite).nonzero().squeeze(-1)
@@ -143,6 +153,15 @@ def _penalised(logits: torch.Tensor, params: SamplingBatch) -> torch.Tensor:
     rows = rows - params.frequency[history.rows].unsqueeze(-1) * count
     rows = rows - params.presence[history.rows].unsqueeze(-1) * (count > 0)
     return logits.index_copy(0, history.rows, rows)
+
+
+def _masked(logits: torch.Tensor, mask: TokenMask | None) -> torch.Tensor:
+    if mask is None:
+        return logits
+    bits = mask.words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = (bits & 1).flatten(1)[:, : logits.shape[-1]].bool()
+    rows = mask.rows.long()
+    return logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, -torch.inf))
 
 
 def _draw(logits: torch.Tensor, params: SamplingBatch, rows: torch.Tensor) -> torch.Tensor:

@@ -22,3 +22,7 @@ ROW_WARPS = 8
 EDITORS = 64
 EDIT_TILE = 1024
 EDIT_WARPS = 8
+
+#: Tokens of one program of a grammar's mask; like CHUNK, 16 logits a thread.
+MASK_TILE = 4096
+MASK_WARPS = 8

@@ -20,9 +20,12 @@ import uvloop
 
 from services.fleet import Fleet, StaticFleet
 from services.options import port, size
+from services.router.answer.families import CALL_STYLES
 from services.router.config import RouterConfig
 from services.router.router import Router
 from services.router.server import HttpServer
+
+_THINKS = {"auto": None, "think": True, "none": False}
 
 _DEFAULTS = {field.name: field.default for field in fields(RouterConfig)}
 
@@ -99,6 +102,8 @@ def _config(options: argparse.Namespace) -> RouterConfig:
         queue_timeout_s=options.queue_timeout,
         stall_timeout_s=options.stall_timeout,
         max_body_bytes=options.max_body,
+        tool_call_parser=None if options.tool_call_parser == "auto" else options.tool_call_parser,
+        thinks=_THINKS[options.reasoning_parser],
     )
 
 
@@ -172,6 +177,18 @@ def _parser() -> argparse.ArgumentParser:
         default=_DEFAULTS["max_body_bytes"],
         metavar="SIZE",
         help="largest request body, 8MiB say (default %(default)s bytes)",
+    )
+    add(
+        "--tool-call-parser",
+        choices=["auto", *CALL_STYLES],
+        default="auto",
+        help="how models write calls of tools (default auto: as each model's chat template tells)",
+    )
+    add(
+        "--reasoning-parser",
+        choices=list(_THINKS),
+        default="auto",
+        help="whether models write thoughts in <think></think> (default auto: as each template tells)",
     )
     add("--drain-timeout", type=float, default=120.0, metavar="S", help="seconds (default %(default)g)")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info")

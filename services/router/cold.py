@@ -1,4 +1,4 @@
-"""The endpoints that are asked rarely: models, health, metrics, documentation."""
+"""The endpoints that are asked rarely: models, tokens of a text, health, metrics, documentation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,19 @@ from starlette.exceptions import HTTPException
 from services.router.api.errors import ApiError, ErrorBody, failed, invalid
 from services.router.api.requests import ChatRequest, CompletionRequest
 from services.router.api.responses import ChatCompletion, ModelList, ModelObject, TextCompletion
+from services.router.body import read_json_body
+from services.router.config import RouterConfig
 from services.router.metrics import RouterMetrics
+from services.router.prompt import PromptBuilder
+from services.router.relay import ClientGone
 from services.router.tenants import Tenants
+from services.router.tokenize import (
+    Detokenized,
+    DetokenizeRequest,
+    TokenizeRequest,
+    Tokenizing,
+    Tokens,
+)
 from services.router.workers import ServedModel, WorkerPool
 
 #: Of the HTTP API, as /openapi.json gives it.
@@ -30,10 +41,17 @@ KV blocks of a prompt are to be kept; answers carry the worker chosen and why in
 """
 
 
-def make_cold_app(pool: WorkerPool, tenants: Tenants, metrics: RouterMetrics) -> FastAPI:
+def make_cold_app(
+    config: RouterConfig,
+    pool: WorkerPool,
+    tenants: Tenants,
+    metrics: RouterMetrics,
+    prompts: PromptBuilder,
+) -> FastAPI:
     """A FastAPI application around the router's state."""
     app = FastAPI(title="Reprise router", version=API_VERSION, description=_DESCRIPTION)
     app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
 
@@ -50,6 +68,25 @@ def make_cold_app(pool: WorkerPool, tenants: Tenants, metrics: RouterMetrics) ->
         if model is None:
             raise invalid(f"model: {name[:100]!r} is not served here", "model", "model_not_found", status=404)
         return _json(_model(model))
+
+    tokenizing = Tokenizing(pool, prompts)
+
+    async def body_of(request: Request) -> bytes:
+        headers = dict(request.scope["headers"])
+        return await read_json_body(headers, request.receive, config.max_body_bytes, config.body_timeout_s)
+
+    @app.post("/tokenize", summary="The tokens that a prompt becomes", dependencies=[Depends(known)])
+    async def tokenize(request: Request) -> Response:
+        return _json(await tokenizing.tokenize(await body_of(request)))
+
+    @app.post("/detokenize", summary="The text of tokens", dependencies=[Depends(known)])
+    async def detokenize(request: Request) -> Response:
+        return _json(await tokenizing.detokenize(await body_of(request)))
+
+    @app.post("/v1/embeddings", include_in_schema=False, dependencies=[Depends(known)])
+    async def embeddings() -> Response:
+        message = "embeddings are not supported: the models served here generate text"
+        raise invalid(message, code="unsupported_endpoint", status=404)
 
     @app.get("/health", summary="The process answers")
     async def health() -> dict[str, str]:
@@ -90,6 +127,10 @@ async def _api_error(_: Request, error: Exception) -> Response:
     return Response(error.body(), error.status, dict(error.headers), "application/json")
 
 
+async def _client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     answer = invalid(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
@@ -120,6 +161,10 @@ def _documented(app: FastAPI) -> Callable[[], dict[str, Any]]:
                 ErrorBody,
                 ModelList,
                 ModelObject,
+                TokenizeRequest,
+                Tokens,
+                DetokenizeRequest,
+                Detokenized,
             )
             _, schemas = msgspec.json.schema_components(structs, ref_template=_REFERENCE)
             document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
@@ -132,12 +177,19 @@ def _documented(app: FastAPI) -> Callable[[], dict[str, Any]]:
                 responses = paths[path]["get"]["responses"]
                 responses["200"] = _content("The answer", answer)
                 responses["401"] = _content("No valid API key", "ErrorBody")
+            paths["/tokenize"] = _posted("The tokens that a prompt becomes", "TokenizeRequest", "Tokens")
+            paths["/detokenize"] = _posted("The text of tokens", "DetokenizeRequest", "Detokenized")
             paths["/v1/models/{name}"]["get"]["responses"]["404"] = _content("No such model", "ErrorBody")
             paths["/ready"]["get"]["responses"]["503"] = {"description": "No worker is ready"}
             app.openapi_schema = document
         return app.openapi_schema
 
     return openapi
+
+
+def _posted(summary: str, request: str, answer: str) -> dict[str, Any]:
+    errors = {status: text for status, text in _ERRORS.items() if status not in ("429", "500")}
+    return _post(summary, request, _content("The answer", answer), errors)
 
 
 def _generation(summary: str, request: str, answer: str) -> dict[str, Any]:
@@ -149,17 +201,23 @@ def _generation(summary: str, request: str, answer: str) -> dict[str, Any]:
             "schema": {"type": "string"},
         }
     }
-    errors = {
-        "400": "The request is not valid; `param` names the field",
-        "401": "No valid API key",
-        "404": "No such model",
-        "408": "The body did not arrive in time",
-        "413": "The body is too large",
-        "415": "The body is not JSON",
-        "429": "The queue is full; see Retry-After",
-        "500": "The worker failed",
-        "503": "No worker can serve this now",
-    }
+    return _post(summary, request, done, _ERRORS)
+
+
+_ERRORS = {
+    "400": "The request is not valid; `param` names the field",
+    "401": "No valid API key",
+    "404": "No such model",
+    "408": "The body did not arrive in time",
+    "413": "The body is too large",
+    "415": "The body is not JSON",
+    "429": "The queue is full; see Retry-After",
+    "500": "The worker failed",
+    "503": "No worker can serve this now",
+}
+
+
+def _post(summary: str, request: str, done: dict[str, Any], errors: dict[str, str]) -> dict[str, Any]:
     return {
         "post": {
             "summary": summary,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.router.answer.families import CallStyle
+
 
 @dataclass(frozen=True)
 class RouterConfig:
@@ -18,6 +20,8 @@ class RouterConfig:
     max_body_bytes: int = 8 * 1024 * 1024
     body_timeout_s: float = 30.0
     max_pending_tokens: int = 16_384  # generated, but not taken by a slow client
+    tool_call_parser: CallStyle | None = None  # None: as each model's chat template tells
+    thinks: bool | None = None  # whether models write thoughts; None: as each template tells
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -7,17 +7,21 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
+from services.router.api.answering import answering
 from services.router.api.checks import check_chat, check_completion
 from services.router.api.decode import decode
-from services.router.api.errors import ApiError, failed, invalid, unavailable
+from services.router.api.errors import ApiError, failed, invalid
 from services.router.api.formats import Format, Kind
 from services.router.api.requests import ChatRequest, CompletionRequest
 from services.router.api.sampling import sampling_params
+from services.router.batch import Batch, Part, prompts_of
 from services.router.body import Receive, read_json_body
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
@@ -26,7 +30,8 @@ from services.router.metrics import RouterMetrics
 from services.router.prompt import PromptBuilder
 from services.router.relay import ClientGone, Relay, Send
 from services.router.tenants import Tenants
-from services.router.workers import ServedModel, WorkerPool
+from services.router.text import ModelText
+from services.router.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +54,14 @@ class Generate:
         pool: WorkerPool,
         dispatcher: Dispatcher,
         metrics: RouterMetrics,
+        prompts: PromptBuilder,
     ) -> None:
         self._config = config
         self._tenants = tenants
         self._pool = pool
         self._dispatcher = dispatcher
         self._metrics = metrics
-        self._prompts = PromptBuilder()
+        self._prompts = prompts
         self._numbers = itertools.count()
 
     async def serve(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -84,10 +90,6 @@ class Generate:
         finally:
             self._metrics.requests.labels(path, str(status)).inc()
 
-    def close(self) -> None:
-        """Stop the threads that tokenise."""
-        self._prompts.close()
-
     async def _serve(self, kind: Kind, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
             error = invalid(f"{scope['method']} is not allowed here, only POST", status=405)
@@ -107,59 +109,93 @@ class Generate:
         else:
             request = decode(body, _completion_decoder)
             check_completion(request)
-        model = self._find(request.model)
+        model = self._pool.wanted(request.model)
         card, text = model.card, model.text  # the model may be updated while we tokenise
-        prompt = await self._prompts.build(request, len(body), text, card, model.block_size, salt)
+        several = prompts_of(request)
+        requests = [request] if several is None else [replace(request, prompt=one) for one in several]
+        prompts = [
+            await self._prompts.build(one, len(body), text, card, model.block_size, salt) for one in requests
+        ]
+        make = partial(
+            answering, request, text, prompts[0].end, self._config.tool_call_parser, self._config.thinks
+        )
+        answers = await self._prompts.run(len(body), make)
         trace = _TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
         choices = request.n or 1
-        job = Job(
-            number=next(self._numbers),
-            model=model,
-            text_digest=card.text_digest,
-            prompt=prompt,
-            sampling=sampling_params(request, card, text.generation_defaults, len(prompt.tokens)),
-            choices=choices,
-            priority=request.priority or 0,
-            tenant=tenant,
-            trace_id=trace[1].decode() if trace else "",
-            arrival_s=arrival_s,
+        jobs = [
+            Job(
+                number=next(self._numbers),
+                model=model,
+                text_digest=card.text_digest,
+                prompt=prompt,
+                sampling=sampling_params(
+                    request, card, text.generation_defaults, len(prompt.tokens), answers.grammar
+                ),
+                choices=choices,
+                priority=request.priority or 0,
+                tenant=tenant,
+                trace_id=trace[1].decode() if trace else "",
+                arrival_s=arrival_s,
+            )
+            for prompt in prompts
+        ]
+        echo = [_echo(one, text) for one in requests for _ in range(choices)]
+        with_usage = bool(request.stream_options and request.stream_options.include_usage)
+        format = Format(
+            kind,
+            request.model,
+            card.fingerprint,
+            choices * len(jobs),
+            with_usage,
+            text.tokenizer,
+            answers,
+            echo if any(echo) else (),
         )
         stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-        with_usage = bool(request.stream_options and request.stream_options.include_usage)
-        format = Format(kind, request.model, card.fingerprint, choices, with_usage, text.tokenizer)
-        relay = Relay(job, text, stops, format, self._dispatcher, self._metrics)
-        watcher = asyncio.create_task(self._watch(receive, job))
+        relay = self._relay(jobs, text.showing(answers.marks), stops, format)
+        watcher = asyncio.create_task(self._watch(receive, jobs))
         try:
-            self._dispatcher.submit(job)
+            for job in jobs:
+                self._dispatcher.submit(job)
             if request.stream:
                 await relay.stream(send, with_usage)
             else:
                 await relay.whole(send)
         finally:
             watcher.cancel()
-            self._dispatcher.release(job)
+            for job in jobs:
+                self._dispatcher.release(job)
 
-    def _find(self, name: str) -> ServedModel:
-        model = self._pool.find(name)
-        if model is not None:
-            return model
-        if not self._pool.models:
-            raise unavailable("no worker has become ready yet", "no_worker")
-        raise invalid(
-            f"model: {name[:100]!r} is not served here; GET /v1/models lists what is",
-            "model",
-            "model_not_found",
-            status=404,
-        )
+    def _relay(
+        self, jobs: Sequence[Job], text: ModelText, stops: tuple[str, ...], format: Format
+    ) -> Relay | Batch:
+        if len(jobs) == 1:
+            return Relay(jobs[0], text, stops, format, self._dispatcher, self._metrics)
+        parts = [Part(format, i * job.choices) for i, job in enumerate(jobs)]
+        relays = [
+            Relay(job, text, stops, part, self._dispatcher, self._metrics)
+            for job, part in zip(jobs, parts, strict=True)
+        ]
+        return Batch(format, parts, relays)
 
-    async def _watch(self, receive: Receive, job: Job) -> None:
+    async def _watch(self, receive: Receive, jobs: Sequence[Job]) -> None:
         """Free everything the moment the client leaves."""
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._metrics.disconnects.labels(job.model.name).inc()
-        job.client_gone = True
-        self._dispatcher.release(job)
-        job.wake.set()
+        self._metrics.disconnects.labels(jobs[0].model.name).inc()
+        for job in jobs:
+            job.client_gone = True
+            self._dispatcher.release(job)
+            job.wake.set()
+
+
+def _echo(request: ChatRequest | CompletionRequest, text: ModelText) -> str:
+    """What is to come before the answers."""
+    if isinstance(request, ChatRequest) or not request.echo:
+        return ""
+    if isinstance(request.prompt, str):
+        return request.prompt
+    return text.tokenizer.decode([token for token in request.prompt if isinstance(token, int)])
 
 
 async def send_error(error: ApiError, send: Send) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
-from services.router.api.checks import template_message, template_tools
+from services.router.api.conversation import conversation
 from services.router.api.errors import invalid
 from services.router.api.requests import ChatRequest, CompletionRequest
 from services.router.api.retention import (
@@ -22,6 +24,8 @@ from services.router.text.template import TemplateError
 from services.wire.hashes import TOKEN_BYTES, chain_hashes, pack_tokens, root_hash
 from services.wire.messages import ModelCard, Retention
 
+T = TypeVar("T")
+
 #: Bodies below this are tokenised in the event loop (about 1 ms at this length), longer ones in a thread.
 INLINE_BYTES = 2048
 
@@ -33,6 +37,7 @@ class Prompt:
     tokens: list[int]
     salt: bytes
     retention: tuple[Retention, ...] = ()
+    end: str = ""  # last characters of a chat's text: they may begin the answer
     packed: bytes = b""
     _hashes: dict[tuple[bytes, int], list[bytes]] = field(default_factory=dict)
 
@@ -80,10 +85,13 @@ class PromptBuilder:
         salt: bytes,
     ) -> Prompt:
         """The prompt of a request whose body had `size` bytes. Raises ApiError (400)."""
+        return await self.run(size, partial(_build, request, text, card, block_size, salt))
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """The result of `work` for a request whose body had `size` bytes."""
         if size < INLINE_BYTES:
-            return _build(request, text, card, block_size, salt)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, _build, request, text, card, block_size, salt)
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def close(self) -> None:
         """Drop what waits; what runs finishes in its thread."""
@@ -93,25 +101,27 @@ class PromptBuilder:
 def _build(
     request: ChatRequest | CompletionRequest, text: ModelText, card: ModelCard, block_size: int, salt: bytes
 ) -> Prompt:
+    end = ""
     if isinstance(request, ChatRequest):
-        tokens, retention = _chat(request, text, card)
+        tokens, retention, end = _chat(request, text, card)
     else:
         tokens, retention = _completion(request, text, card)
-    prompt = Prompt(tokens, salt, retention)
+    prompt = Prompt(tokens, salt, retention, end)
     prompt.hashes(card.fingerprint, block_size)  # here, in the thread: routing will ask for them
     return prompt
 
 
-def _chat(request: ChatRequest, text: ModelText, card: ModelCard) -> tuple[list[int], tuple[Retention, ...]]:
+def _chat(
+    request: ChatRequest, text: ModelText, card: ModelCard
+) -> tuple[list[int], tuple[Retention, ...], str]:
     spans = message_spans(request.messages)
     if spans and request.retention:
         raise invalid("retention and cache_priority cannot be combined in one request", "retention")
-    template = text.template
-    messages = [template_message(message, template) for message in request.messages]
+    seen = conversation(request, text.template)
     wanted = boundaries(spans)
     try:
         chat = text.encode_chat(
-            messages, template_tools(request, template), request.chat_template_kwargs, wanted
+            seen.messages, seen.tools, request.chat_template_kwargs, [index + seen.added for index in wanted]
         )
     except TemplateError as error:
         raise invalid(f"messages: the model's chat template refused them: {error}", "messages") from None
@@ -120,8 +130,8 @@ def _chat(request: ChatRequest, text: ModelText, card: ModelCard) -> tuple[list[
     check_room(len(chat.tokens), card, "messages")
     if spans:
         starts = dict(zip(wanted, chat.starts, strict=True))
-        return chat.tokens, span_retention(spans, starts, len(chat.tokens))
-    return chat.tokens, explicit_retention(request.retention, len(chat.tokens))
+        return chat.tokens, span_retention(spans, starts, len(chat.tokens)), chat.end
+    return chat.tokens, explicit_retention(request.retention, len(chat.tokens)), chat.end
 
 
 def _completion(

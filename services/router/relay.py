@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from services.router.api.formats import DONE, Answer, Format
+from services.router.api.formats import DONE, Answer, Writer
 from services.router.api.responses import PromptTokensDetails, Usage
 from services.router.dispatch import Dispatcher
 from services.router.job import Job
@@ -40,7 +40,7 @@ class Relay:
         job: Job,
         text: ModelText,
         stops: tuple[str, ...],
-        format: Format,
+        format: Writer,
         dispatcher: Dispatcher,
         metrics: RouterMetrics,
     ) -> None:

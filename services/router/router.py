@@ -18,6 +18,7 @@ from services.router.dispatch import Dispatcher
 from services.router.generate import ENDPOINTS, Generate
 from services.router.index import PrefixIndex
 from services.router.metrics import RouterMetrics, gauge
+from services.router.prompt import PromptBuilder
 from services.router.relay import Send
 from services.router.routing import Policy, PredictedSeconds
 from services.router.tenants import Tenants
@@ -50,8 +51,9 @@ class Router:
         )
         salt_secret = config.channel_secret if config.salt_secret is None else config.salt_secret
         tenants = Tenants(salt_secret, config.api_keys)
-        self._generate = Generate(config, tenants, self.pool, self.dispatcher, self.metrics)
-        self._cold = make_cold_app(self.pool, tenants, self.metrics)
+        self._prompts = PromptBuilder()
+        self._generate = Generate(config, tenants, self.pool, self.dispatcher, self.metrics, self._prompts)
+        self._cold = make_cold_app(config, self.pool, tenants, self.metrics, self._prompts)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Router:
@@ -63,7 +65,7 @@ class Router:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._generate.close()
+        self._prompts.close()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] in ENDPOINTS:

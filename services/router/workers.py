@@ -13,6 +13,7 @@ from typing import Literal
 
 from services.fleet import Address, Fleet
 from services.router.admission import AdmissionQueue
+from services.router.api.errors import invalid, unavailable
 from services.router.index import PrefixIndex
 from services.router.job import Job
 from services.router.load import WorkerLoad
@@ -234,6 +235,20 @@ class WorkerPool:
     def find(self, name: str) -> ServedModel | None:
         """The model of that name or alias."""
         return self.models.get(self._names.get(name, ""))
+
+    def wanted(self, name: str) -> ServedModel:
+        """The model of that name or alias. Raises ApiError: 404, or 503 while none has been ready."""
+        model = self.find(name)
+        if model is not None:
+            return model
+        if not self.models:
+            raise unavailable("no worker has become ready yet", "no_worker")
+        raise invalid(
+            f"model: {name[:100]!r} is not served here; GET /v1/models lists what is",
+            "model",
+            "model_not_found",
+            status=404,
+        )
 
     @property
     def ready(self) -> int:

@@ -42,7 +42,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, frozen=True):
 
     Penalties follow the OpenAI definition (presence, frequency: over generated tokens, subtracted from the
     logit) and the CTRL paper (repetition: over prompt and generated tokens, divides or multiplies).
-    Order: logit_bias, min_tokens mask, penalties, temperature, min_p, top_k, top_p, draw.
+    Order: logit_bias, min_tokens mask, penalties, grammar, temperature, min_p, top_k, top_p, draw.
     """
 
     max_tokens: int
@@ -59,6 +59,9 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, frozen=True):
     ignore_eos: bool = False
     logit_bias: dict[int, float] = {}
     logprobs: int = -1  # -1 = none; k >= 0 = the chosen token's and the k most likely ones'
+    grammar: str = (
+        ""  # that the answer follows to its end, as llguidance writes it: Lark, or JSON with several
+    )
 
 
 class Retention(msgspec.Struct, omit_defaults=True, frozen=True):

@@ -86,6 +86,10 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     _check_range("presence_penalty", sampling.presence_penalty, -2, 2)
     _check_range("frequency_penalty", sampling.frequency_penalty, -2, 2)
     _check_range("repetition_penalty", sampling.repetition_penalty, 0, math.inf, above=True)
+    if sampling.grammar and sampling.min_tokens:
+        raise RequestError(
+            f"min_tokens must be 0 beside a grammar, which has its own end, got {sampling.min_tokens}"
+        )
     _check_range("seed", sampling.seed, -(2**63), 2**63 - 1)
     _check_range("logprobs", sampling.logprobs, -1, MAX_LOGPROBS)
     _check_count("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKENS)

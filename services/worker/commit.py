@@ -29,7 +29,8 @@ def commit(
     """Take over a step's tokens. Generated blocks that it completed are named and join `plan.filled`.
 
     A sequence that ended while the step ran (a stop found late, a cancel) has its token discarded; one that
-    was preempted keeps it: it was computed before the pages went.
+    was preempted keeps it: it was computed before the pages went. An answer that its grammar says is whole
+    ends without an end of sequence.
     """
     _name_generated_blocks(scheduler, plan, now)
     outputs: list[Output] = []
@@ -51,8 +52,18 @@ def commit(
         key = sequence.request.key
         logprob = logprobs[row] if logprobs is not None else None
         chosen = () if logprob is None else (logprob,)
+        matcher = sequence.matcher
+        if matcher is not None:
+            matcher.accept(token)
+            if matcher.fault:
+                finish = end(scheduler, sequence, "error", now, counters, message=f"grammar: {matcher.fault}")
+                failed.append(Output(key, finish=finish))
+                continue
         if token in sequence.stop_ids:
             outputs.append(Output(key, (), start, (), end(scheduler, sequence, "stop", now, counters, token)))
+        elif matcher is not None and matcher.complete:
+            last = end(scheduler, sequence, "stop", now, counters)
+            outputs.append(Output(key, (token,), start, chosen, last))
         elif len(tokens) >= sequence.max_length:
             last = end(scheduler, sequence, "length", now, counters)
             outputs.append(Output(key, (token,), start, chosen, last))

@@ -3,7 +3,10 @@
 A turn: commands in, plan, launch, commit the oldest step, report, copies to the store.
 
 With `pipeline_depth` 2 the next step is launched before the last one is committed, so the device never waits
-for the host. Whatever happens to a request, it gets exactly one output with a `finish`.
+for the host. A step with a row that follows a grammar is launched as far as its logits; while the device
+computes those the step before is committed, and what its tokens allow next goes over in time to sample.
+
+Whatever happens to a request, it gets exactly one output with a `finish`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from services.worker.check import RequestLimits, check_request
 from services.worker.commit import commit, end
 from services.worker.config import EngineConfig
 from services.worker.counters import Counters
+from services.worker.grammar import masks
 from services.worker.host_tier import HostTier
 from services.worker.inbox import Inbox
 from services.worker.kv import KVCache, page_bytes
@@ -32,7 +36,7 @@ from services.worker.pages import PagePool
 from services.worker.plan import StepPlan
 from services.worker.rates import Rates
 from services.worker.request import Output, Request, StepListener, StepReport
-from services.worker.runner import Launched, Runner
+from services.worker.runner import Launched, Runner, Unsampled
 from services.worker.scheduler import Limits, Scheduler
 from services.worker.sequence import Phase, Sequence
 from services.worker.store_traffic import StoreLoads, WriteBehind
@@ -54,14 +58,19 @@ _IDLE_TURN_S = 0.1
 _STALL_S = 120.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Step:
     """A step under way."""
 
     plan: StepPlan
-    launched: Launched
+    launched: Launched | Unsampled  # the latter for a moment only, of the last step
     launched_s: float
     behind: Launched | None  # the step that was under way at the launch
+
+    @property
+    def sampled(self) -> Launched:
+        assert isinstance(self.launched, Launched)
+        return self.launched
 
 
 class Engine:
@@ -158,7 +167,8 @@ class Engine:
                 request,
                 block_size=self._config.block_size,
                 max_length=min(request.prompt_length + sampling.max_tokens, self.max_model_len),
-                stop_ids=stop_ids if sampling.ignore_eos else stop_ids | self._eos,
+                # A grammar allows an end of sequence where the answer is whole, and it is one.
+                stop_ids=stop_ids if sampling.ignore_eos and not sampling.grammar else stop_ids | self._eos,
             )
         )
 
@@ -227,9 +237,16 @@ class Engine:
         if plan is not None:
             outputs += self._launch(plan)
         step_s = 0.0
+        if self._steps and isinstance(self._steps[-1].launched, Unsampled):
+            while len(self._steps) > 1:
+                committed, last_s = self._commit_oldest()
+                outputs += committed
+                step_s += last_s
+            outputs += self._sample()
         if self._steps and (plan is None or len(self._steps) >= self._config.pipeline_depth):
-            committed, step_s = self._commit_oldest()
+            committed, last_s = self._commit_oldest()
             outputs += committed
+            step_s += last_s
         self._report(outputs)
         if self._write_behind:
             self._write_behind.copy(step_s)
@@ -251,10 +268,30 @@ class Engine:
     def _launch(self, plan: StepPlan) -> list[Output]:
         launched_s = self._clock()
         try:
-            behind = self._steps[-1].launched if self._steps else None
+            behind = self._steps[-1].sampled if self._steps else None
             self._steps.append(_Step(plan, self.runner.launch(plan), launched_s, behind))
         except Exception as error:
             return self._fail([plan], error)
+        return []
+
+    def _sample(self) -> list[Output]:
+        """Have the last step sample, if it is still there: all steps before it are committed, so grammars
+        know where they stand. The device computes its logits meanwhile."""
+        if not self._steps:
+            return []
+        step = self._steps[-1]
+        assert isinstance(step.launched, Unsampled)
+        try:
+            rows = [
+                (row, sequence.matcher)
+                for row, sequence in enumerate(step.plan.sampled)
+                if sequence.matcher is not None and sequence.phase is not Phase.FINISHED
+            ]
+            words = masks([matcher for _, matcher in rows], self.runner.vocab)
+            step.launched = self.runner.sample(step.launched, [row for row, _ in rows], words)
+        except Exception as error:
+            self._steps.pop()
+            return self._fail([step.plan], error)
         return []
 
     def _commit_oldest(self) -> tuple[list[Output], float]:
@@ -262,7 +299,7 @@ class Engine:
         step = self._steps.popleft()
         waiting_s = self._clock()
         try:
-            sampled = step.launched.result()
+            sampled = step.sampled.result()
         except Exception as error:
             plans = [step.plan, *(later.plan for later in self._steps)]  # they read what this one wrote
             self._steps.clear()
@@ -270,7 +307,7 @@ class Engine:
         now = self._clock()
         self.counters.wait_s += now - waiting_s
         if step.behind is not None:
-            self.counters.idle_s += step.launched.idle_s(step.behind)
+            self.counters.idle_s += step.sampled.idle_s(step.behind)
         step_s = now - max(step.launched_s, self._committed_s)
         self._committed_s = now
         outputs = commit(self._scheduler, step.plan, sampled, now, self.counters)

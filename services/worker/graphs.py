@@ -9,8 +9,9 @@ Launched one by one, the kernels of a step cost the host some 40 us each, 11 ms 
 work of the device a graph is faster, padding and all; beyond, the host is ahead anyway and exact sizes win.
 So the graphs of mixed steps are captured from few tokens up to where the device takes longer than the host.
 
-A graph comes in variants, for decodes that share prefixes and with log-probabilities. Those with
-log-probabilities are captured when a step first wants one (tens of milliseconds; nothing is compiled).
+A graph comes in variants: for decodes that share prefixes; with log-probabilities; and masked, for steps with
+a row that follows a grammar: those end with the logits, and the sampler is launched once the masks are known.
+The latter two are captured when a step first wants one (tens of milliseconds; nothing is compiled).
 """
 
 from __future__ import annotations
@@ -57,12 +58,22 @@ class Variant(NamedTuple):
     size: Size
     shared: bool = False
     logprobs: bool = False
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a step computes before it samples: arguments of `kernels.sampling.sample`."""
+
+    values: torch.Tensor  # [L, V]
+    slots: torch.Tensor  # [L] int32, -1 = the row does not sample
+    lengths: torch.Tensor  # [L] int32
 
 
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    result: SampleResult  # rewritten by every replay
+    result: SampleResult | Logits  # rewritten by every replay
 
 
 class StepGraphs:
@@ -95,6 +106,8 @@ class StepGraphs:
         sizes = [layout([part.size for part in self._padding(variant)])[-1] for variant in variants]
         self._inputs = torch.zeros(max(sizes), dtype=torch.int32, device=decoder.device)
         self._graphs: dict[Variant, _Captured] = {}
+        self._max_rows = max(variant.size.rows for variant in variants)
+        self._logits: torch.Tensor | None = None  # [max rows, V] of the masked graphs, one for them all
         for rows in reversed(self._decodes):  # the largest first: the others fit into its memory
             self._capture(Variant(Size(rows)))
             if rows >= MIN_ROWS:
@@ -107,18 +120,22 @@ class StepGraphs:
                 self._capture(variant)
             self._chunk_tokens.append(tokens)
 
-    def variant(self, rows: Rows, groups: Ordered[PrefixGroup], logprobs: int) -> Variant | None:
+    def variant(
+        self, rows: Rows, groups: Ordered[PrefixGroup], logprobs: int, masked: bool
+    ) -> Variant | None:
         """The graph for a step, None when it is better launched kernel by kernel."""
         decodes, chunks, tokens = rows.size
+        explained = logprobs >= 0 and not masked  # a masked graph does not sample
         if not chunks:
             size = Size(_smallest(self._decodes, decodes))
-            return Variant(size, shared=bool(groups), logprobs=logprobs >= 0)
+            return Variant(size, shared=bool(groups), logprobs=explained, masked=masked)
         fitting = [most for most in self._chunk_tokens if most >= tokens and chunk_rows(most) >= chunks]
-        if not fitting or groups or logprobs >= 0:
+        if not fitting or groups or explained:
             return None
-        return Variant(Size(_smallest(self._mixed_decodes, decodes), chunk_rows(fitting[0]), fitting[0]))
+        size = Size(_smallest(self._mixed_decodes, decodes), chunk_rows(fitting[0]), fitting[0])
+        return Variant(size, masked=masked)
 
-    def replay(self, variant: Variant, rows: Rows, groups: Ordered[PrefixGroup]) -> SampleResult:
+    def replay(self, variant: Variant, rows: Rows, groups: Ordered[PrefixGroup]) -> SampleResult | Logits:
         """Run one step. The result has a row for each of the variant's and is valid until the next replay."""
         if variant not in self._graphs:
             self._capture(variant)
@@ -158,7 +175,7 @@ class StepGraphs:
             parts.append(np.full((tiles, rows_a_tile), -1, dtype=np.int32))
         return parts
 
-    def _step(self, variant: Variant) -> Callable[[], SampleResult]:
+    def _step(self, variant: Variant) -> Callable[[], SampleResult | Logits]:
         """What the graph of a variant holds, over its inputs, which are set to padding."""
         tables, size = self._tables, variant.size
         parts = self._staging.send(self._padding(variant), into=self._inputs)
@@ -181,12 +198,21 @@ class StepGraphs:
         batch = Batch(slots, positions, write_from, tables.tokens, attention, last)
         most = MAX_LOGPROBS if variant.logprobs else -1
 
-        def step() -> SampleResult:
+        def step() -> SampleResult | Logits:
             logits = self._decoder.forward(batch, self._kv)
+            if variant.masked:
+                return Logits(self._kept(logits), sampled, ends)
             return sample(logits, tables.sampling, tables.tokens, sampled, ends, logprobs=most)
 
         self._stream.wait_stream(torch.cuda.current_stream())
         return step
+
+    def _kept(self, logits: torch.Tensor) -> torch.Tensor:
+        """A copy where every masked graph leaves its logits: kept as they are, each graph would have memory
+        of its own for them, which the others cannot use."""
+        if self._logits is None:
+            self._logits = logits.new_empty(self._max_rows, logits.shape[1])
+        return self._logits[: len(logits)].copy_(logits)
 
     def _host_is_slower(self, variant: Variant) -> bool:
         """Whether launching the kernels one by one takes the host longer than the device to run them."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from services.wire.messages import Finish, Logprob, Retention, SamplingParams, Start, Stats, Tier
+from services.worker.grammar import Matcher
 
 
 class EngineClosed(Exception):
@@ -37,6 +38,7 @@ class Request:
     tenant: str = ""
     arrival_s: float = 0.0  # on the engine's clock
     generated: int = 0
+    matcher: Matcher | None = None  # of `sampling.grammar`, where it has one: it has followed `generated`
 
     @property
     def prompt_length(self) -> int:

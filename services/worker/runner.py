@@ -6,17 +6,21 @@ by kernel what a graph holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 
 from kernels.attention import AttentionBatch, SharedPrefixes, Workspace
-from kernels.sampling import SampleResult, sample
+from kernels.sampling import SampleResult, TokenMask, sample
 from services.wire.messages import Logprob
 from services.worker.batch import Batch
 from services.worker.commit import Sampled
-from services.worker.graphs import StepGraphs
+from services.worker.graphs import Logits, StepGraphs
 from services.worker.kv import KVCache
 from services.worker.models.decoder import Decoder
 from services.worker.plan import StepPlan
@@ -66,7 +70,7 @@ class Launched:
         if self._top is None:
             return Sampled(tokens, broken=broken)
         logprobs = [
-            Logprob(chosen, tuple(zip(ids[:k], values[:k], strict=True))) if k >= 0 else None
+            Logprob(chosen, _possible(ids[:k], values[:k])) if k >= 0 else None
             for k, chosen, ids, values in zip(self._top, *explained, strict=True)
         ]
         return Sampled(tokens, logprobs, broken)
@@ -76,6 +80,16 @@ class Launched:
         if before._done is None or self._begun is None:
             return 0.0
         return max(0.0, float(before._done.elapsed_time(self._begun)) * 1e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class Unsampled:
+    """A step under way that computes logits and no tokens yet; fields as `Launched` takes them."""
+
+    logits: Logits
+    rows: Ordered[int]
+    top: list[int] | None
+    begun: torch.cuda.Event | None
 
 
 class Runner:
@@ -101,6 +115,11 @@ class Runner:
             )
 
     @property
+    def vocab(self) -> int:
+        """Tokens that a line of logits has."""
+        return self._decoder.spec.vocab_size
+
+    @property
     def on_gpu(self) -> bool:
         return self._device.type == "cuda"
 
@@ -121,14 +140,20 @@ class Runner:
             )
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Launched:
-        """Start the step. The tokens it samples stay on the device until `result` is asked for."""
+    def launch(self, plan: StepPlan) -> Launched | Unsampled:
+        """Start the step. The tokens it samples stay on the device until `result` is asked for. A step of
+        which a row follows a grammar goes as far as the logits: `sample` must follow before the next launch.
+        """
         self._tables.place(plan.placed)
         self._tables.set_pages(plan.pages)
-        top = _logprobs(plan.sampled)
-        most = -1 if top is None else max(top)
+        sequences = plan.sampled
+        top = _logprobs(sequences)
+        most = _most(top)
+        masked = any(map(_matcher, sequences))
         rows = Rows(plan)
-        variant = self._graphs.variant(rows, plan.prefixes, most) if self._graphs is not None else None
+        variant = None
+        if self._graphs is not None:
+            variant = self._graphs.variant(rows, plan.prefixes, most, masked)
         begun = _record() if self.on_gpu else None
         if variant is not None:
             assert self._graphs is not None
@@ -136,10 +161,36 @@ class Runner:
             result = self._graphs.replay(variant, rows, plan.prefixes)
         else:
             size = rows.size
-            result = self._run(rows, plan.prefixes, most)
+            result = self._run(rows, plan.prefixes, most, masked)
+        if isinstance(result, Logits):
+            return Unsampled(result, rows.sampled(size), top, begun)
         return Launched(result, rows.sampled(size), top, begun)
 
-    def _run(self, rows: Rows, groups: Ordered[PrefixGroup], logprobs: int) -> SampleResult:
+    @torch.inference_mode()
+    def sample(self, step: Unsampled, masked: Ordered[int], words: np.ndarray) -> Launched:
+        """Have the step sample. Of its tokens, in order, those in `masked` must be among what `words` (as
+        `TokenMask.words`, a line each) allow."""
+        mask = None
+        if masked:
+            rows = np.array([step.rows[i] for i in masked], dtype=np.int32)
+            mask = TokenMask(*self._staging.send([rows, words]))
+        return Launched(self._sampled(step.logits, _most(step.top), mask), step.rows, step.top, step.begun)
+
+    def _sampled(self, logits: Logits, logprobs: int, mask: TokenMask | None = None) -> SampleResult:
+        tables = self._tables
+        return sample(
+            logits.values,
+            tables.sampling,
+            tables.tokens,
+            logits.slots,
+            logits.lengths,
+            logprobs=logprobs,
+            mask=mask,
+        )
+
+    def _run(
+        self, rows: Rows, groups: Ordered[PrefixGroup], logprobs: int, masked: bool
+    ) -> SampleResult | Logits:
         tables, size = self._tables, rows.size
         parts = rows.batch(size)
         if groups:
@@ -164,14 +215,28 @@ class Runner:
             workspace=self._workspace,
         )
         batch = Batch(slots, positions, write_from, tables.tokens, attention, logit_rows=last)
-        logits = self._decoder.forward(batch, self._kv)
-        return sample(logits, tables.sampling, tables.tokens, sampled, ends, logprobs=logprobs)
+        logits = Logits(self._decoder.forward(batch, self._kv), sampled, ends)
+        return logits if masked else self._sampled(logits, logprobs)
+
+
+#: Of a sequence: None unless it follows a grammar.
+_matcher = attrgetter("matcher")
+
+
+def _most(top: list[int] | None) -> int:
+    """Log-probabilities that a row asks for at most, -1 = none does."""
+    return -1 if top is None else max(top)
 
 
 def _logprobs(sampled: Ordered[Sequence]) -> list[int] | None:
     """How many top log-probabilities each row asks for, -1 = none; None if no row does."""
     wanted = [sequence.request.sampling.logprobs for sequence in sampled]
     return wanted if any(k >= 0 for k in wanted) else None
+
+
+def _possible(ids: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
+    """The best tokens, where a grammar leaves so many."""
+    return tuple(pair for pair in zip(ids, logprobs, strict=True) if pair[1] > -math.inf)
 
 
 def _record() -> torch.cuda.Event:

@@ -54,6 +54,7 @@ class Sequence:
         "host_tokens",
         "length",
         "loading",
+        "matcher",
         "max_length",
         "order",
         "pages",
@@ -81,6 +82,7 @@ class Sequence:
         self.prompt_length = request.prompt_length  # the rest is answer, whoever made it
         self.max_length = max_length  # prompt and generated tokens at most
         self.stop_ids = stop_ids
+        self.matcher = request.matcher
         self.hashes = list(request.hashes)  # of the full blocks of `tokens`, in order
         self.phase = Phase.WAITING
         self.length = self.given

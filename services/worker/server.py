@@ -1,7 +1,8 @@
 """An engine behind its token channel: requests in from routers, one report a step out to them.
 
 The engine steps on its own thread. Everything here runs in the event loop; a step crosses over in one
-`call_soon_threadsafe`, whatever the number of its streams.
+`call_soon_threadsafe`, whatever the number of its streams. Grammars are compiled on threads beside both:
+a request that has one joins the engine when that is done.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from prometheus_client import CollectorRegistry
 from services.wire.channel_server import ChannelServer, Stream, SubmitError
 from services.wire.hashes import split_hashes, unpack_tokens
 from services.wire.limits import ChannelLimits
-from services.wire.messages import Hello, Stats, StepItem, Submit, TextAssets
+from services.wire.messages import Finish, Hello, Stats, StepItem, Submit, TextAssets
+from services.worker.grammar import Grammars, Matcher
 from services.worker.metrics import LabelledRegistry, WorkerMetrics
 from services.worker.request import EngineClosed, Request, RequestError, StepListener, StepReport
 
@@ -89,6 +91,9 @@ class WorkerServer:
         )
         self.failed = asyncio.Event()  # the engine is gone; restart the process
         self._clock = clock
+        card = hello.model
+        self._grammars = Grammars(text.tokenizer, card.vocab_size, card.eos_token_ids)
+        self._compiling: dict[Stream, asyncio.Task[None]] = {}
         self._draining = False
         self._sent_stats: Stats | None = None
         self._last_beat_s = clock()
@@ -113,7 +118,7 @@ class WorkerServer:
         self.engine.drain()
         self.channel.drain(reason)
         deadline_s = self._clock() + timeout_s
-        while not self.engine.idle:
+        while self._compiling or not self.engine.idle:
             if self._clock() >= deadline_s:
                 return False
             await asyncio.sleep(DRAIN_POLL_S)
@@ -125,6 +130,8 @@ class WorkerServer:
             self._beats.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._beats
+        for task in self._compiling.values():
+            task.cancel()
         # The thread's last reports crossed over before its end does, so they are published by now.
         await asyncio.to_thread(self.engine.stop)
         await self.channel.close()
@@ -172,10 +179,47 @@ class WorkerServer:
 
     def submit(self, stream: Stream, message: Submit) -> None:
         now_s = self._clock()
+        if message.sampling.grammar and not self._draining:
+            self._compiling[stream] = asyncio.create_task(self._submit_compiled(stream, message, now_s))
+        else:
+            self._submit(stream, message, now_s, None)
+
+    def cancel(self, stream: Stream) -> None:
+        if task := self._compiling.pop(stream, None):
+            task.cancel()
+        self.engine.cancel(stream)
+
+    async def _submit_compiled(self, stream: Stream, message: Submit, now_s: float) -> None:
+        """Once its grammar is compiled. The router is told here what `submit` would have raised."""
+        try:
+            matcher = await asyncio.to_thread(self._matcher, message)
+            self._submit(stream, message, now_s, matcher)
+        except ValueError as error:
+            self.metrics.refused("invalid_request")
+            self._refuse(stream, Finish("error", message=str(error), error_kind="invalid_request"))
+        except SubmitError as error:
+            self._refuse(stream, Finish("error", message=str(error), error_kind=error.kind))
+        except Exception as error:
+            log.exception("could not take request %d", stream.request)
+            self._refuse(stream, Finish("error", message=f"worker failed to take the request: {error}"))
+        finally:
+            self._compiling.pop(stream, None)
+
+    def _matcher(self, message: Submit) -> Matcher:
+        """Raises ValueError."""
+        tokens = unpack_tokens(message.tokens)
+        generated = tokens[len(tokens) - message.generated :]
+        return self._grammars.matcher(message.sampling.grammar, generated)
+
+    def _refuse(self, stream: Stream, finish: Finish) -> None:
+        self.channel.publish([(stream, StepItem(stream.request, finish=finish))], {}, {}, None)
+
+    def _submit(self, stream: Stream, message: Submit, now_s: float, matcher: Matcher | None) -> None:
+        """Raises SubmitError."""
         try:
             if self._draining:
                 raise SubmitError("draining", "the worker is shutting down")
-            self.engine.submit(_request(stream, message, now_s))
+            self.engine.submit(_request(stream, message, now_s, matcher))
         except RequestError as error:
             self.metrics.refused("invalid_request")
             raise SubmitError("invalid_request", str(error)) from error
@@ -187,11 +231,8 @@ class WorkerServer:
             raise
         self.metrics.submitted(stream, now_s)
 
-    def cancel(self, stream: Stream) -> None:
-        self.engine.cancel(stream)
 
-
-def _request(stream: Stream, message: Submit, now_s: float) -> Request:
+def _request(stream: Stream, message: Submit, now_s: float, matcher: Matcher | None) -> Request:
     try:
         tokens = unpack_tokens(message.tokens)
         hashes = split_hashes(message.hashes)
@@ -208,4 +249,5 @@ def _request(stream: Stream, message: Submit, now_s: float) -> Request:
         tenant=message.tenant,
         arrival_s=now_s,
         generated=message.generated,
+        matcher=matcher,
     )

@@ -8,14 +8,17 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from itertools import count
 
+import numpy as np
+
 from services.wire.messages import SamplingParams
 from services.worker.check import MAX_LOGPROBS
 from services.worker.commit import commit
 from services.worker.counters import Counters
+from services.worker.grammar import Matcher, masks
 from services.worker.pages import PagePool
 from services.worker.rates import Rates
 from services.worker.request import Request
-from services.worker.runner import Runner
+from services.worker.runner import Runner, Unsampled
 from services.worker.scheduler import Limits, Scheduler
 from services.worker.sequence import Sequence
 
@@ -44,6 +47,7 @@ def warm_up(
         fitting = [lengths for lengths in joining if 0 < max(lengths) <= longest]
         for sampling in (plain, _explained(new_tokens)):
             _run(fitting, sampling, runner, limits, pages, Rates(), clock)
+        _run(fitting[:1], plain, runner, limits, pages, Rates(), clock, _Anything())
     else:
         _run([[measured]], plain, runner, limits, pages, Rates(), clock)  # the first run tells nothing
     _run([[measured]], plain, runner, limits, pages, rates, clock)
@@ -71,29 +75,49 @@ def _run(
     pages: int,
     rates: Rates,
     clock: Callable[[], float],
+    matcher: Matcher | None = None,
 ) -> None:
-    """Before each step the next prompts join, of the lengths given."""
+    """Before each step the next prompts join, of the lengths given; all follow `matcher`."""
     scheduler = Scheduler(limits, PagePool(pages))
     waiting = deque(joining)
     numbers = count()
     while True:
         for length in waiting.popleft() if waiting else ():
             number = next(numbers)
-            scheduler.add(_sequence(number, [number] * length, sampling, limits.block_size))
+            scheduler.add(_sequence(number, [number] * length, sampling, limits.block_size, matcher))
         plan = scheduler.plan(now=0.0)
         if plan is None:
             return
         started_s = clock()
-        sampled = runner.launch(plan).result()
+        step = runner.launch(plan)
+        if isinstance(step, Unsampled):
+            matchers = [sequence.matcher for sequence in plan.sampled if sequence.matcher is not None]
+            step = runner.sample(step, range(len(matchers)), masks(matchers, runner.vocab))
+        sampled = step.result()
         rates.observe(
             prefill_tokens=plan.prefill_tokens, decodes=len(plan.decodes), seconds=clock() - started_s
         )
         commit(scheduler, plan, sampled, 0.0, Counters())
 
 
-def _sequence(number: int, tokens: list[int], sampling: SamplingParams, block_size: int) -> Sequence:
+class _Anything:
+    """A grammar that allows whatever comes."""
+
+    complete = False
+    fault = ""
+
+    def allow(self, words: np.ndarray) -> None:
+        words.fill(-1)
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+def _sequence(
+    number: int, tokens: list[int], sampling: SamplingParams, block_size: int, matcher: Matcher | None
+) -> Sequence:
     return Sequence(
-        Request(key=number, tokens=tokens, root=b"", hashes=[], sampling=sampling),
+        Request(key=number, tokens=tokens, root=b"", hashes=[], sampling=sampling, matcher=matcher),
         block_size=block_size,
         max_length=len(tokens) + sampling.max_tokens,
         stop_ids=frozenset(),

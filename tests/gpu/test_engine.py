@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from services.worker.models.random import random_model
 from services.worker.request import Request
 from tests.worker.driver import Driver
 from tests.worker.requests import make_request, prompt
+from tests.worker.stairs import Stairs, climbs
 from tests.worker.stepping import Stepped
 
 BLOCK = 64
@@ -148,11 +150,46 @@ def test_a_shared_prefix_read_once_changes_little() -> None:
     assert any(plan.prefixes and len(plan.prefixes[0].rows) >= 20 for plan in plans)
 
 
+def stairs(count: int, every_other: bool = False) -> list[Request]:
+    """Requests whose answers climb stairs, all or every other one."""
+    return [
+        replace(
+            request, matcher=Stairs(30), sampling=msgspec.structs.replace(request.sampling, grammar="Stairs")
+        )
+        if i % 2 == 0 or not every_other
+        else request
+        for i, request in enumerate(requests(count, max_tokens=40, temperature=1.0))
+    ]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_rows_follow_their_grammars_in_graphs_and_without(depth: int) -> None:
+    replayed, launched = (stepped(max_running=16, pipeline_depth=depth) for _ in range(2))
+    launched.engine.runner._graphs = None
+    for engine in (replayed, launched):
+        tokens = engine.run(stairs(30, every_other=True), every=1)
+        for key, answer in tokens.items():
+            followed = key % 2 == 0  # type: ignore[operator]
+            assert (climbs(answer) and len(answer) == 30) if followed else len(answer) == 40
+        assert engine.engine.counters.failed_steps == 0
+        engine.check_empty()
+    graphs = replayed.engine.runner._graphs
+    assert graphs is not None
+    assert {bool(v.size.chunks) for v in graphs._graphs if v.masked} == {False, True}
+
+
+def test_a_pipelined_row_with_a_grammar_gets_a_token_every_step() -> None:
+    engine = stepped(max_running=8)
+    engine.run(stairs(1))
+    assert engine.engine.counters.steps <= 31
+
+
 def test_nothing_is_compiled_after_the_warm_up() -> None:
     engine = stepped(max_running=48)
     engine.run(requests(40), every=2)
     engine.run(requests(30, shared=3 * BLOCK, temperature=1.0, top_p=0.8, presence_penalty=0.5))
     engine.run(requests(9, logprobs=5, logit_bias={3: -5.0}, min_tokens=4))
+    engine.run(stairs(9, every_other=True), every=1)
     assert engine.engine.counters.late_kernels == 0
     assert engine.engine.counters.failed_steps == 0
 

@@ -15,7 +15,7 @@ from kernels.philox import philox_uniform_vocab
 from kernels.sampling_table import SamplingTable
 from kernels.tuned import sampling_sm90 as tuned
 from tests.kernels import cases
-from tests.kernels.sampling_rows import Asked, Step, assert_same
+from tests.kernels.sampling_rows import Asked, Step, assert_same, mask_of
 from tests.kernels.test_philox import uniform_kernel
 from tests.kernels.test_table_writes import part
 
@@ -157,6 +157,21 @@ def test_the_batch_around_a_row_never_changes_it() -> None:
         assert int(alone.tokens) == int(together.tokens[row]), row
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_rows_say_what_their_grammars_allow_and_others_what_they_like(vocab: int, dtype: torch.dtype) -> None:
+    ways = ({}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_k": 4, "seed": 1})
+    allowed = ([vocab - 1], [31, 32, 4095, 4096], range(7, vocab, 5), None)
+    rows = [Asked(how, allowed=tokens) for how in ways for tokens in allowed]
+    logits = logits_of(len(rows), vocab).to(dtype)
+    ruled = Step.of(rows)
+    step = ruled.to(DEVICE)
+    expected = sampling.reference(logits, *ruled.arguments, mask=mask_of(rows, vocab))
+    actual = sampling.sample(logits.to(DEVICE), *step.arguments, mask=mask_of(rows, vocab, DEVICE))
+    assert_same(actual, expected, rows)
+    assert torch.equal(step.tokens.cpu(), ruled.tokens)
+
+
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
 def test_broken_logits_yield_token_0_and_say_so(how: dict[str, float]) -> None:
     logits = logits_of(5, 49_152)
@@ -193,8 +208,10 @@ def test_nothing_is_compiled_for_another_number_of_rows_or_log_probabilities() -
     vocab = 49_152
 
     def sample(rows: int, logprobs: int) -> None:
-        step = Step.of([Asked()] * rows, max_length=50 + rows).to(DEVICE)
-        sampling.sample(torch.zeros(rows, vocab, device=DEVICE), *step.arguments, logprobs=logprobs)
+        asked = [Asked(allowed=[5])] * rows
+        step = Step.of(asked, max_length=50 + rows).to(DEVICE)
+        logits, mask = torch.zeros(rows, vocab, device=DEVICE), mask_of(asked, vocab, DEVICE)
+        sampling.sample(logits, *step.arguments, logprobs=logprobs, mask=mask)
 
     sample(8, -1)
     sample(8, 20)

@@ -33,6 +33,7 @@ from kernels import (
     rope,
     sampling_edit,
     sampling_kernels,
+    sampling_mask,
     sampling_table,
     shared_attention,
     step_inputs,
@@ -461,6 +462,13 @@ def _sampling() -> Iterator[Config]:
                 constants={"VOCAB": vocab, "LARGEST": 3.3e38, "TILE": tuned.EDIT_TILE, "PDL": True},
                 warps=tuned.EDIT_WARPS,
                 fp_fusion=False,
+            )
+            yield Config(
+                name=f"sample-mask-{model}",
+                kernel=sampling_mask.mask_kernel,
+                types={"logits": logits, "rows": "*i32", "words": "*i32"},
+                constants={"VOCAB": vocab, "TILE": tuned.MASK_TILE, "PDL": True},
+                warps=tuned.MASK_WARPS,
             )
     lines = ("payload", "records", "parameters", "list_tokens", "list_values", "tokens")
     yield Config(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.sampling import SampleResult, SamplingTable
+from kernels.sampling import SampleResult, SamplingTable, TokenMask
 from kernels.sampling_table import line
 
 
@@ -26,6 +26,7 @@ class Asked:
     history: Sequence[int] = (0,)
     prompt: int = 1
     padding: bool = False
+    allowed: Sequence[int] | None = None  # by a grammar; None = it has none
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,18 @@ class Step:
         return self.table, self.tokens, self.slots, self.lengths
 
 
+def mask_of(asked: Sequence[Asked], vocab: int, device: str = "cpu") -> TokenMask | None:
+    """What `sample` is told of the rows that follow a grammar; None without any."""
+    rows = [row for row, each in enumerate(asked) if each.allowed is not None]
+    if not rows:
+        return None
+    bits = np.zeros((len(rows), -(-vocab // 32) * 32), dtype=np.uint8)
+    for line_bits, row in zip(bits, rows, strict=True):
+        line_bits[list(asked[row].allowed or ())] = 1
+    words = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    return TokenMask(torch.tensor(rows, dtype=torch.int32, device=device), torch.from_numpy(words).to(device))
+
+
 def assert_same(actual: SampleResult, expected: SampleResult, asked: Sequence[Asked]) -> None:
     """The same choices, and for those who asked log-probabilities to 1e-4 (they are sums over a vocabulary in
     fp32); equal ones in any order."""
@@ -96,7 +109,9 @@ def assert_same(actual: SampleResult, expected: SampleResult, asked: Sequence[As
         assert actual.top_logprobs is not None
         assert expected.top_tokens is not None
         assert expected.top_logprobs is not None
-        best = min(wanted, expected.top_tokens.shape[1])
+        best = min(
+            wanted, int((expected.top_logprobs[row] > -torch.inf).sum())
+        )  # forbidden ones are all alike
         values = actual.top_logprobs[row, :best].cpu()
         assert torch.allclose(values, expected.top_logprobs[row, :best].cpu(), atol=1e-4)
         ids = actual.top_tokens[row, :best].tolist()

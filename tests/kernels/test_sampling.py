@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels import sampling
 from kernels.tuned import sampling_sm90 as tuned
 from tests.kernels import cases
-from tests.kernels.sampling_rows import Asked, Step, assert_same
+from tests.kernels.sampling_rows import Asked, Step, assert_same, mask_of
 
 VOCAB = 9001
 DRAWN = {"temperature": 1.0, "seed": 5}
@@ -29,9 +29,10 @@ def check(
     """Kernels and rules agree on the result and on the token table; the kernels' result."""
     step = Step.of(asked, max_length=max_length)
     ruled = step.clone()
-    expected = sampling.reference(logits, *ruled.arguments, logprobs=logprobs)
+    mask = mask_of(asked, logits.shape[1])
+    expected = sampling.reference(logits, *ruled.arguments, logprobs=logprobs, mask=mask)
     with cases.poisoned_memory():
-        actual = sampling.launch(logits.clone(), *step.arguments, logprobs=logprobs)
+        actual = sampling.launch(logits.clone(), *step.arguments, logprobs=logprobs, mask=mask)
     assert_same(actual, expected, asked)
     assert torch.equal(step.tokens, ruled.tokens)
     scratch = step.table.scratch(tuned.EDITORS, logits.shape[1])
@@ -203,6 +204,40 @@ def test_few_programs_edit_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [Asked({"frequency": 1.0}, history=(1, row, row)) for row in range(40)]
     asked[5] = asked[33] = Asked(padding=True)
     check(random_logits(40, vocab=50, scale=1.0), asked)
+
+
+# ---- masks
+
+
+def test_a_grammar_allows_what_it_allows_and_other_rows_everything() -> None:
+    ways = ({}, DRAWN, {**DRAWN, "top_p": 0.9}, {**DRAWN, "top_k": 3}, {"repetition": 1e-40})
+    allowed = ([31, 32, 4095, 4096, VOCAB - 1], [8192], range(0, VOCAB, 7), [0, 63, 64])
+    asked = [Asked({**how, "logprobs": 3}, allowed=tokens) for how in ways for tokens in allowed]
+    asked[3] = Asked(padding=True)
+    asked[6] = Asked({**DRAWN, "logprobs": 3})
+    asked[9] = Asked({"logprobs": 2}, bias={77: 1000.0, 7: 500.0}, allowed=[7, 8], history=(7, 7, 8))
+    logits = random_logits(len(asked), seed=4)
+    result = check(logits, asked, logprobs=3)
+    for row, each in enumerate(asked):
+        if each.allowed is not None:
+            assert int(result.tokens[row]) in each.allowed
+    assert int(result.tokens[9]) == 7
+    assert result.chosen_logprob is not None
+    assert float(result.chosen_logprob[1]) == 0.0, "the one token that is allowed is certain"
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 33, 4097])
+def test_a_mask_may_end_anywhere(vocab: int) -> None:
+    asked = [Asked({}, allowed=[vocab - 1]), Asked(DRAWN, allowed=[0])]
+    assert check(random_logits(2, vocab=vocab), asked).tokens.tolist() == [vocab - 1, 0]
+
+
+def test_a_mask_hides_no_broken_logit_and_may_forbid_everything() -> None:
+    logits = random_logits(3)
+    logits[0, 8000] = torch.nan
+    logits[1, 5] = torch.inf
+    asked = [Asked(allowed=[1]), Asked(allowed=[1]), Asked(allowed=[])]
+    assert check(logits, asked).finite.tolist() == [False] * 3
 
 
 # ---- what cannot be sampled

@@ -27,7 +27,12 @@ def url():
 @pytest.fixture(scope="module")
 def document(url):
     found = httpx.get(f"{url}/openapi.json").json()
-    for name in ("ChatRequest", "CompletionRequest"):  # or nearly every example would end at an unknown model
+    for name in (
+        "ChatRequest",
+        "CompletionRequest",
+        "TokenizeRequest",
+        "DetokenizeRequest",
+    ):  # or nearly every example would end at an unknown model
         found["components"]["schemas"][name]["properties"]["model"]["enum"] = ["fake", "other"]
     # Likewise messages that say nothing, which only assistants with tool calls may send.
     message = found["components"]["schemas"]["Message"]
@@ -47,7 +52,7 @@ def whole(value):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
 def test_generation_answers_whatever_it_is_sent(document, url, path, mode):
     schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=url)

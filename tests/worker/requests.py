@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 
 from services.wire.hashes import chain_hashes, pack_tokens
 from services.wire.messages import Retention, SamplingParams
+from services.worker.grammar import Matcher
 from services.worker.request import Request
 
 ROOT = b"r" * 16
@@ -30,6 +31,7 @@ def make_request(
     tenant: str = "",
     block_size: int = BLOCK,
     generated: int = 0,
+    matcher: Matcher | None = None,
     **sampling: object,
 ) -> Request:
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, **sampling)  # type: ignore[arg-type]
@@ -44,4 +46,5 @@ def make_request(
         tenant=tenant,
         arrival_s=arrival_s,
         generated=generated,
+        matcher=matcher,
     )

@@ -13,10 +13,12 @@ import torch
 from kernels.attention import Workspace
 from kernels.sampling import SampleResult
 from services.worker import graphs
-from services.worker.graphs import StepGraphs, Variant, _Captured
+from services.worker.graphs import Logits, StepGraphs, Variant, _Captured
+from services.worker.request import Request
 from services.worker.rows import Rows, Size
 from services.worker.scheduler import Limits
 from tests.worker.requests import BLOCK, make_request, prompt
+from tests.worker.stairs import Stairs, climbs
 from tests.worker.stepping import Stepped
 from tests.worker.test_engine import alone, mixed
 
@@ -24,7 +26,7 @@ from tests.worker.test_engine import alone, mixed
 class Again:
     """Stands for a CUDA graph."""
 
-    def __init__(self, step: Callable[[], SampleResult]) -> None:
+    def __init__(self, step: Callable[[], SampleResult | Logits]) -> None:
         self._step = step
         self.result = step()
 
@@ -47,11 +49,12 @@ class HostGraphs(StepGraphs):
             graph = Again(self._step(variant))
         self._graphs[variant] = _Captured(graph, graph.result)  # type: ignore[arg-type]
 
-    def replay(self, variant: Variant, rows: Rows, groups: Any) -> SampleResult:
+    def replay(self, variant: Variant, rows: Rows, groups: Any) -> SampleResult | Logits:
         self.replayed[variant] = self.replayed.get(variant, 0) + 1
-        result = vars(super().replay(variant, rows, groups)).items()
+        result = super().replay(variant, rows, groups)
         # The runner copies results off a GPU before the next replay rewrites them; on the CPU it does not.
-        return SampleResult(**{name: None if kept is None else kept.clone() for name, kept in result})
+        kept = {name: None if value is None else value.clone() for name, value in vars(result).items()}
+        return type(result)(**kept)
 
 
 @pytest.fixture
@@ -107,13 +110,15 @@ def test_a_step_takes_the_smallest_graph_that_holds_it(stepped: Callable[..., St
     def variant(decodes: int, chunks: int = 0, tokens: int = 0, **how: Any) -> Variant | None:
         rows = Rows.__new__(Rows)
         rows.size = Size(decodes, chunks, tokens)
-        return chosen.variant(rows, how.get("groups", ()), how.get("logprobs", -1))
+        return chosen.variant(rows, how.get("groups", ()), how.get("logprobs", -1), how.get("masked", False))
 
     assert variant(3) == Variant(Size(4))
     assert variant(9) == Variant(Size(10))
     assert variant(4, groups=[()]) == Variant(Size(4), shared=True)
     assert variant(1, logprobs=0) == Variant(Size(1), logprobs=True)
     assert variant(0, 1, 33) == Variant(Size(0, 8, 64))
+    assert variant(3, masked=True, logprobs=0) == Variant(Size(4), masked=True)
+    assert variant(0, 1, 33, masked=True, logprobs=0) == Variant(Size(0, 8, 64), masked=True)
     assert variant(9, 8, 8) == Variant(Size(10, 8, 32))
     assert variant(1, 1, 65) is None, "there the device is the slower one"
     assert variant(1, 9, 32) is None, "more chunks than a graph has rows for"
@@ -136,3 +141,36 @@ def test_prefixes_and_logprobs_have_graphs_of_their_own(stepped: Callable[..., S
     )
     assert any(variant.shared for variant in HostGraphs.replayed)
     assert any(variant.logprobs for variant in HostGraphs.replayed)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_rows_with_a_grammar_have_graphs_that_end_with_the_logits(
+    stepped: Callable[..., Stepped], depth: int
+) -> None:
+    def requests(masked: bool) -> list[Request]:
+        return mixed(1.0) + [
+            make_request(
+                ("stairs", i),
+                prompt(5 + 9 * i, seed=i),
+                max_tokens=40,
+                temperature=1.0,
+                seed=i,
+                logprobs=1 if i == 2 else -1,
+                matcher=Stairs(10 + i),
+                grammar="Stairs",
+            )
+            for i in range(4 * masked)
+        ]
+
+    expected = Stepped()
+    expected.run(requests(masked=True))
+    engine = stepped(pipeline_depth=depth, max_step_tokens=64)
+    tokens = engine.run(requests(masked=True), every=1)
+    assert tokens == expected.tokens
+    assert all(climbs(tokens["stairs", i]) and len(tokens["stairs", i]) == 10 + i for i in range(4))
+    masked = [variant for variant in HostGraphs.replayed if variant.masked]
+    assert {bool(variant.size.chunks) for variant in masked} == {False, True}
+    HostGraphs.replayed.clear()
+    engine.tokens, engine.finishes, engine.starts = {}, {}, {}
+    assert engine.run(requests(masked=False)) == alone(1.0)
+    assert not any(variant.masked for variant in HostGraphs.replayed), "nobody else pays for it"

@@ -2,6 +2,6 @@
 
 Fields that we do not implement are refused by name. Those that only keep books for the client (`user`,
 `metadata`, `safety_identifier`, `prompt_cache_key`) are accepted and have no effect; those with one value
-that we do implement (`store: false`, `service_tier: auto | default`, `parallel_tool_calls: true`,
-`best_of: 1`, `echo: false`, `response_format: text`, `modalities: ["text"]`) are accepted with that value.
+that we do implement (`store: false`, `service_tier: auto | default`, `best_of: 1`,
+`modalities: ["text"]`) are accepted with that value.
 """

@@ -1,7 +1,8 @@
 """Answers on the wire: whole JSON documents, or server-sent events put together from ready-made bytes.
 
 A chunk's only variable parts are its text and, rarely, its log-probabilities, so everything around them is
-encoded once a request.
+encoded once a request. Answers that may hold thoughts or calls go through a parser each, and what it makes of
+a text are the deltas.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 import msgspec
 
+from services.router.answer import AnswerParser
+from services.router.answer.pieces import Piece
+from services.router.api.answering import Answering
+from services.router.api.messages import delta, message
 from services.router.api.responses import (
     AssistantMessage,
     ChatChoice,
@@ -78,6 +83,20 @@ _STYLES: dict[Kind, _Style] = {
 }
 
 
+class Writer(Protocol):
+    """How the answers to one request are written, as `Format` does it."""
+
+    def begin(self, index: int) -> bytes: ...
+
+    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes: ...
+
+    def finish(self, index: int, reason: FinishReason) -> bytes: ...
+
+    def usage(self, usage: Usage) -> bytes: ...
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes: ...
+
+
 class Format:
     """How one request's answers are written."""
 
@@ -89,7 +108,13 @@ class Format:
         choices: int,
         usage_follows: bool,
         tokenizer: Tokenizer,
+        answering: Answering,
+        echo: Sequence[str] = (),
     ) -> None:
+        """`echo`: texts that come before those of the choices, one for each."""
+        self._echo = echo
+        self._call_style = answering.family.calls
+        self._parsers = [answering.parser() for _ in range(choices)] if answering.parsed else None
         self._kind = kind
         self._style = _STYLES[kind]
         self._tokenizer = tokenizer
@@ -116,10 +141,14 @@ class Format:
 
     def begin(self, index: int) -> bytes:
         """Comes before the first text of a choice."""
+        if self._echo:
+            return self.delta(index, self._echo[index], None)
         return self._event(index, self._style.begin) if self._style.begin else b""
 
     def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
-        """Carries more text."""
+        """Carries more text; empty where a parser waits for more."""
+        if self._parsers is not None:
+            return self._pieces(index, self._parsers[index].feed(text), logprobs)
         if logprobs is None:
             return self._before[index] + _encode(text) + self._after
         content = self._style.before_text + _encode(text) + self._style.after_text
@@ -127,11 +156,28 @@ class Format:
 
     def finish(self, index: int, reason: FinishReason) -> bytes:
         """Ends a choice."""
-        return self._event(index, self._style.end, reason=b'"%b"' % reason.encode())
+        events = b""
+        if self._parsers is not None:
+            parser = self._parsers[index]
+            events = self._pieces(index, parser.finish(), None)
+            reason = _reason(parser, reason)
+        return events + self._event(index, self._style.end, reason=b'"%b"' % reason.encode())
 
     def usage(self, usage: Usage) -> bytes:
         """Comes after the last choice for those who asked."""
         return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
+
+    def _pieces(self, index: int, pieces: Sequence[Piece], logprobs: Sequence[TokenLogprob] | None) -> bytes:
+        """An event for each piece; log-probabilities go with the first one, or alone."""
+        deltas = [delta(piece, self._call_style) for piece in pieces]
+        if logprobs and not deltas:
+            deltas.append({})
+        explained = [_encode(self._style.logprobs(logprobs, self._tokenizer))] if logprobs else []
+        explained += [b"null"] * (len(deltas) - len(explained))
+        return b"".join(
+            self._event(index, b'"delta":' + _encode(content), values)
+            for content, values in zip(deltas, explained, strict=True)
+        )
 
     def _event(self, index: int, content: bytes, logprobs: bytes = b"null", reason: bytes = b"null") -> bytes:
         choice = b'{"index":%d,%b,"logprobs":%b,"finish_reason":%b' % (index, content, logprobs, reason)
@@ -149,15 +195,27 @@ class Format:
             "usage": usage,
         }
         if self._kind == "chat":
-            chat = [
-                ChatChoice(i, AssistantMessage("assistant", a.text), self._logprobs(a), a.finish_reason)
-                for i, a in enumerate(answers)
-            ]
+            chat = [self._choice(i, answer) for i, answer in enumerate(answers)]
             return _encode(ChatCompletion(object="chat.completion", choices=chat, **same))
-        text = [TextChoice(i, a.text, self._logprobs(a), a.finish_reason) for i, a in enumerate(answers)]
+        echo = self._echo or [""] * len(answers)
+        text = [
+            TextChoice(i, echo[i] + a.text, self._logprobs(a), a.finish_reason) for i, a in enumerate(answers)
+        ]
         return _encode(TextCompletion(object="text_completion", choices=text, **same))
+
+    def _choice(self, index: int, answer: Answer) -> ChatChoice:
+        text, reason = AssistantMessage("assistant", answer.text), answer.finish_reason
+        if self._parsers is not None:
+            parser = self._parsers[index]
+            text = message(parser.feed(answer.text) + parser.finish(), self._call_style)
+            reason = _reason(parser, reason)
+        return ChatChoice(index, text, self._logprobs(answer), reason)
 
     def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
         if answer.logprobs is None:
             return None
         return self._style.logprobs(answer.logprobs, self._tokenizer)
+
+
+def _reason(parser: AnswerParser, reason: FinishReason) -> FinishReason:
+    return "tool_calls" if parser.calls and reason == "stop" else reason

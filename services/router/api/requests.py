@@ -16,6 +16,8 @@ MAX_TOP_LOGPROBS = 20
 MAX_TOP_K = 2**31 - 1  # what workers count with
 MAX_SCHEDULING_PRIORITY = 10
 MAX_RANGES = 64
+MAX_TOOLS = 128
+MAX_PROMPTS = 128
 
 NonNegative = Annotated[int, Meta(ge=0)]
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
@@ -28,7 +30,6 @@ CacheTtl = Annotated[
     float, Meta(gt=0, le=31_536_000, description="Seconds after the last use for which the priority holds")
 ]
 OnlyFalse = Annotated[bool, Meta(extra_json_schema={"const": False})]
-OnlyTrue = Annotated[bool, Meta(extra_json_schema={"const": True})]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -50,6 +51,40 @@ class RetentionRange(Input):
     end: Annotated[int, Meta(ge=1)] | None = None
     priority: CachePriority = 35
     ttl_s: CacheTtl | None = None
+
+
+class JsonSchema(Input):
+    name: str
+    description: str | None = None
+    schema: Annotated[dict[str, Any] | None, Meta(description="A JSON schema. Default: any JSON object")] = (
+        None
+    )
+    strict: Annotated[
+        bool | None, Meta(description="Refuse keywords that cannot be enforced, which are ignored otherwise")
+    ] = None
+
+
+class ResponseFormat(Input):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Annotated[JsonSchema | None, Meta(description="With type `json_schema` only")] = None
+
+
+JsonForm = Annotated[dict[str, Any] | str, Meta(description="A JSON schema, as an object or in a string")]
+Regex = Annotated[
+    str, Meta(min_length=1, description="A regular expression (of Rust's regex crate) for the whole answer")
+]
+Choices = Annotated[list[str], Meta(min_length=1, description="The answer is one of these")]
+Grammar = Annotated[str, Meta(min_length=1, description="A grammar in Lark's or llama.cpp's (GBNF) language")]
+
+
+class StructuredOutputs(Input):
+    """One form of the answer, as vLLM has it since 0.12."""
+
+    json: JsonForm | None = None
+    regex: Regex | None = None
+    choice: Choices | None = None
+    grammar: Grammar | None = None
+    json_object: Annotated[bool | None, Meta(description="The answer is a JSON object")] = None
 
 
 class Sampling(Input):
@@ -102,6 +137,12 @@ class Sampling(Input):
         dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None,
         Meta(description=f"Token id to a value added to its logit; at most {MAX_LOGIT_BIASES}"),
     ] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonForm | None = None
+    guided_regex: Regex | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Grammar | None = None
     priority: (
         Annotated[
             int,
@@ -160,8 +201,12 @@ class Message(Input):
 class FunctionDefinition(Input):
     name: str
     description: str | None = None
-    parameters: Annotated[dict[str, Any] | None, Meta(description="A JSON schema")] = None
-    strict: OnlyFalse | None = None
+    parameters: Annotated[
+        dict[str, Any] | None, Meta(description="A JSON schema of an object. Default: any object")
+    ] = None
+    strict: Annotated[
+        bool | None, Meta(description="Arguments always fit the schema, all of whose keywords are enforced")
+    ] = None
 
 
 class Tool(Input):
@@ -169,8 +214,15 @@ class Tool(Input):
     function: FunctionDefinition
 
 
-class ResponseFormat(Input):
-    type: Literal["text"]
+class ToolName(Input):
+    name: str
+
+
+class NamedTool(Input):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: ToolName
 
 
 class ChatRequest(Sampling, kw_only=True):
@@ -184,11 +236,16 @@ class ChatRequest(Sampling, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[
-        list[Tool] | None, Meta(description="Given to the chat template; calls come back as text")
+        Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None,
+        Meta(description="Functions that the model may call"),
     ] = None
-    tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: OnlyTrue | None = None
-    response_format: ResponseFormat | None = None
+    tool_choice: Annotated[
+        Literal["auto", "none", "required"] | NamedTool | None,
+        Meta(description="Default: auto. With `required` or a function's name the answer is calls only"),
+    ] = None
+    parallel_tool_calls: Annotated[
+        bool | None, Meta(description="false: at most one call. Default: true")
+    ] = None
     modalities: list[Literal["text"]] | None = None
     store: OnlyFalse | None = None
     chat_template_kwargs: Annotated[
@@ -202,11 +259,26 @@ class CompletionRequest(Sampling, kw_only=True):
     prompt: (
         Annotated[str, Meta(min_length=1)]
         | Annotated[
-            list[int | str | list[int]],
-            Meta(min_length=1, description="Token ids", extra_json_schema={"items": {"type": "integer"}}),
+            list[int | Annotated[str, Meta(min_length=1)] | Annotated[list[int], Meta(min_length=1)]],
+            Meta(
+                min_length=1,
+                description=f"Token ids; or up to {MAX_PROMPTS} prompts, each a text or token ids",
+                extra_json_schema={
+                    "anyOf": [
+                        {"items": {"type": "integer"}},
+                        {"items": {"type": "string", "minLength": 1}, "maxItems": MAX_PROMPTS},
+                        {
+                            "items": {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+                            "maxItems": MAX_PROMPTS,
+                        },
+                    ]
+                },
+            ),
         ]
     )
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=1, description="Only 1 is supported")] | None = None
-    echo: OnlyFalse | None = None
+    echo: Annotated[
+        bool | None, Meta(description="The prompt comes before its answer; not with `logprobs`")
+    ] = None
     suffix: Annotated[None, Meta(description="Not supported")] = None

@@ -27,6 +27,7 @@ def sampling_params(
     card: ModelCard,
     defaults: Mapping[str, float],
     prompt_tokens: int,
+    grammar: str = "",
 ) -> SamplingParams:
     """Parameters of the first of the `n` answers. Raises ApiError (400).
 
@@ -37,6 +38,8 @@ def sampling_params(
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
         raise invalid(f"min_tokens must be at most max_tokens, {max_tokens}, got {min_tokens}", "min_tokens")
+    if grammar:
+        _check_beside_grammar(request)
     seed = secrets.randbits(63) if request.seed is None else request.seed
     if not -_INT64 <= seed < _INT64:
         raise invalid(f"seed must be a signed 64-bit integer, got {seed}", "seed")
@@ -57,6 +60,7 @@ def sampling_params(
         ignore_eos=bool(request.ignore_eos),
         logit_bias=_logit_bias(request, card),
         logprobs=_logprobs(request),
+        grammar=grammar,
     )
 
 
@@ -67,9 +71,9 @@ def for_choice(sampling: SamplingParams, index: int) -> SamplingParams:
     return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % _INT64)
 
 
-def check_prompt_ids(tokens: Iterable[int], card: ModelCard) -> None:
+def check_prompt_ids(tokens: Iterable[int], card: ModelCard, param: str = "prompt") -> None:
     """Raises ApiError (400) if a token id of the client's is not in the vocabulary."""
-    _check_ids("prompt", tokens, card)
+    _check_ids(param, tokens, card)
 
 
 def check_room(prompt_tokens: int, card: ModelCard, param: str) -> None:
@@ -96,6 +100,13 @@ def _max_tokens(request: ChatRequest | CompletionRequest, card: ModelCard, promp
             field,
         )
     return wanted
+
+
+def _check_beside_grammar(request: Sampling) -> None:
+    """An answer of a prescribed form ends where the form does."""
+    for name in ("min_tokens", "ignore_eos"):
+        if getattr(request, name):
+            raise invalid(f"{name} cannot be combined with a prescribed form of the answer", name)
 
 
 def _either(given: float | None, defaults: Mapping[str, float], name: str, otherwise: float) -> float:

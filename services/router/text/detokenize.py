@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from services.router.text.tokenizer import Tokenizer
 
@@ -64,10 +64,28 @@ class WindowDetokenizer:
         return text[len(before) :]
 
 
-Detokenizer = ByteDetokenizer | WindowDetokenizer
+class MarkingDetokenizer:
+    """Shows some special tokens too, as the marks they are."""
+
+    def __init__(self, detokenizer: ByteDetokenizer | WindowDetokenizer, marks: Mapping[int, str]) -> None:
+        self._detokenizer = detokenizer
+        self._marks = marks
+
+    def feed(self, token: int) -> str:
+        """The text that is certain now that `token` is known; other special tokens have none."""
+        if token in self._marks:
+            return self._detokenizer.finish() + self._marks[token]
+        return self._detokenizer.feed(token)
+
+    def finish(self) -> str:
+        """What is left when no token follows: U+FFFD for a character that was never completed."""
+        return self._detokenizer.finish()
 
 
-def make_detokenizer(tokenizer: Tokenizer, prompt: Sequence[int]) -> Detokenizer:
+Detokenizer = ByteDetokenizer | WindowDetokenizer | MarkingDetokenizer
+
+
+def make_detokenizer(tokenizer: Tokenizer, prompt: Sequence[int]) -> ByteDetokenizer | WindowDetokenizer:
     """A detokenizer for one generated sequence that follows `prompt`."""
     if tokenizer.text_bytes is not None:
         return ByteDetokenizer(tokenizer.text_bytes)

@@ -64,6 +64,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"the model's chat template cannot be compiled: {error}") from error
+        self.source = source
         self._special_tokens = special_tokens
         self.takes_tools = "tools" in source
         self.knows_developer = "developer" in source

@@ -46,10 +46,14 @@ class Tokenizer:
         encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         return encoding.ids, [start for start, _ in encoding.offsets]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens."""
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of `ids`, special tokens left out or by their names."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=not special)
         return text
+
+    def name(self, token: int) -> str:
+        """As the vocabulary has it; empty for ids that pad it."""
+        return self._tokenizer.id_to_token(token) or ""
 
     def token_id(self, token: str) -> int | None:
         """The id of a token written as in the vocabulary."""

@@ -3,13 +3,16 @@
 import asyncio
 import itertools
 import random
+import threading
 
+import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
 from services.wire.hashes import chain_hashes, pack_tokens, root_hash
 from services.wire.messages import SamplingParams, Submit
 from services.worker import server as server_module
+from services.worker.grammar import masks
 from tests.fakes import FakeEngine, FakeWorker
 from tests.fakes.until import until
 from tests.wire.peers import RawPeer
@@ -221,3 +224,69 @@ async def test_the_metrics_of_a_served_worker_parse_and_carry_the_model():
         assert metric(worker, "reprise_connected_routers") == 1
         assert metric(worker, "reprise_held_blocks", tier="gpu") == 3
         assert b'model_name="fake"' in generate_latest(worker.registry)
+
+
+# ---- grammars
+
+
+async def test_a_grammar_is_compiled_before_the_engine_sees_the_request():
+    async with FakeWorker(FakeEngine("abc")) as worker, routing_to(worker) as router:
+        answer = await router.ask([1], grammar='start: "abc" | "abd"').finished()
+        assert bytes(answer.tokens) == b"abc"
+        matcher = worker.engine.submitted[0].matcher
+        for token in b"ab":
+            matcher.accept(token)
+        assert bytes(np.flatnonzero(_bits(matcher)).tolist()) == b"cd"
+
+
+def _bits(matcher):
+    return np.unpackbits(masks([matcher], 260).view(np.uint8), bitorder="little")
+
+
+async def test_a_grammar_that_cannot_be_followed_is_the_clients_fault_and_says_why():
+    async with FakeWorker() as worker, routing_to(worker) as router:
+        answer = await router.ask([1], grammar="start: nothing").finished()
+        assert answer.finish.error_kind == "invalid_request"
+        assert "unknown name" in answer.finish.message
+        assert not worker.engine.submitted
+        assert metric(worker, "reprise_requests_refused_total", kind="invalid_request") == 1
+
+
+async def test_what_the_engine_refuses_is_told_after_the_grammar_is_compiled_too():
+    async with FakeWorker() as worker, routing_to(worker) as router:
+        answer = await router.ask([300], grammar='start: "a"').finished()
+        assert answer.finish.message == "token id must be below 260, got 300"
+
+
+class Gate:
+    """Grammars that are compiled when the test says so."""
+
+    def __init__(self, grammars):
+        self.grammars = grammars
+        self.open = threading.Event()
+        self.asked = threading.Event()
+
+    def matcher(self, grammar, generated):
+        self.asked.set()
+        assert self.open.wait(10)
+        return self.grammars.matcher(grammar, generated)
+
+
+async def test_a_request_whose_grammar_is_being_compiled_can_be_cancelled_and_holds_up_nobody():
+    async with FakeWorker(FakeEngine("ab")) as worker, routing_to(worker) as router:
+        gate = worker.server._grammars = Gate(worker.server._grammars)
+        one = router.ask([1], grammar='start: "ab"')
+        two = router.ask([1], grammar='start: "ab"')
+        await until(gate.asked.is_set)
+        assert (await router.ask([2]).finished()).finish.reason == "stop"
+        router.channel.cancel(one.request)
+        await until(lambda: len(worker.server._compiling) == 1)
+        drained = asyncio.create_task(worker.server.drain(10))
+        await until(lambda: router.drained is not None)
+        assert not drained.done()
+        gate.open.set()
+        await two.finished()
+        assert two.finish.error_kind == "draining", "another worker will take it"
+        assert await drained
+        assert not one.items
+        assert len(worker.engine.submitted) == 1
