@@ -703,7 +703,7 @@ register('reserve', function(keys, args)
   local deadline = store.now + math.min(tonumber(args[1]), MAX_RESERVATION_MS)
   -- From the time on: an emptied server, or a replica that was promoted before it had heard of the latest
   -- ones, gives no fence a second time.
-  number = math.max(tonumber(number or 0) + 1, math.floor(store.now / 1000) * 1048576)
+  number = math.max(tonumber(number or 0) + 1, store.now * 1024)
   redis.call('HSET', store.config, 'fence', string.format('%.0f', number))
   local fence = struct.pack('>I7', number)
 
