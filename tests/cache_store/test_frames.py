@@ -135,7 +135,7 @@ def test_one_codec_in_anothers_clothes_is_of_the_wrong_length() -> None:
         assert read(forged(frame_of(codec), 5, bytes([CODEC_IDS["k8v4"]])), reader) is BadFrame.SHAPE
 
 
-#: Where the header's fields begin and end, and what a reader says of one that is another's. The codec is above.
+#: Where the header's fields begin and end, and what a reader says of another's. The codec is above.
 #: Nobody looks at what is reserved, nor at the parent: a block's hash is made from it.
 FIELDS = {
     BadFrame.MAGIC: [(0, 4)],
