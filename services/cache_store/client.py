@@ -229,7 +229,8 @@ class BlockStore:
         return payloads
 
     def quarantine(self, found: Found, index: int, reason: BadFrame) -> None:
-        """Block `index` of a run was read and is of no use: it leaves the store, and what builds on it."""
+        """Block `index` of a run was read and is of no use: it leaves the store, and what builds on it waits
+        for another one or goes as well (`BadFrame.taints`)."""
         self._quarantine(found.names[index], reason)
 
     def release(self, found: Found, saved_s: float = 0.0) -> None:
@@ -316,7 +317,7 @@ class BlockStore:
     def _quarantine(self, name: bytes, reason: BadFrame) -> None:
         self.count(f"quarantined:{reason}")
         block, fence = name[:HASH_BYTES], name[HASH_BYTES:]
-        self._drop(self._try(partial(self._functions.quarantine, block, fence, reason), []))
+        self._drop(self._try(partial(self._functions.quarantine, block, fence, reason, reason.taints), []))
 
     def _write(self, blocks: Sequence[WriteBlock], report: WriteReport) -> bool:
         """One batch; raises when the store fails."""

@@ -1,10 +1,16 @@
-"""Deleting a prefix: a block that an operator condemned leaves the store, with all that follows it.
+"""Deleting a prefix: a block that is condemned leaves the store, with all that follows it.
 
-Condemning is one call: from then on no lookup finds the block (functions.lua). Who follows it is not kept
-anywhere, for that would cost memory with every block; so all records are read, a slice after the other, and
-what is found goes, children before parents. What a reader holds a lease of waits until that ends. The
-condemned block goes last, and what was written under it meanwhile is found by reading all again. As the
-condemned blocks are listed in Redis, any service goes on with what another one has begun.
+Condemned by an operator, or by a reader that found wrong values (`frames.BadFrame.taints`). That is one call:
+from then on no lookup finds the block (functions.lua). Who follows it is not kept anywhere, for that would
+cost memory with every block; so all records are read, a slice after the other, and what is found goes,
+children before parents. What a reader holds a lease of waits until that ends. The condemned block goes last,
+and what was written under it meanwhile is found by reading all again. As the condemned blocks are listed in
+Redis, any service goes on with what another one has begun.
+
+What follows a lost block is right, but nobody finds it before the block is written again. If that has not
+happened in ten minutes, it goes in the same way: by its rank alone it might stay for ever, in a store that is
+not full or at a high priority. The lost block goes with the last one that follows it. Who writes it in the
+moment of the deletion loses some of what follows, and nothing else.
 
 While it reads, a service holds about 200 bytes for every block of the store.
 """
@@ -49,7 +55,7 @@ class Deletion:
         if self._waiting and self._clock() - self._waiting_since_s < _PATIENCE_S:
             self._drop()
             return
-        if not self._functions.condemned():
+        if not any(self._functions.doomed()):
             self._waiting, self._cursor, self._parents = [], 0, {}
             return
         for _ in range(_SLICES):
@@ -60,7 +66,9 @@ class Deletion:
         else:
             return
         parents, self._parents = self._parents, {}
-        self._waiting = deepest_first(self._functions.condemned(), parents)
+        condemned, lost = self._functions.doomed()
+        lost -= condemned
+        self._waiting = [block for block in deepest_first(condemned | lost, parents) if block not in lost]
         self._waiting_since_s = self._clock()
         self._drop()
 
@@ -73,15 +81,15 @@ class Deletion:
         self._waiting = left
 
 
-def deepest_first(condemned: Iterable[bytes], parents: Mapping[bytes, bytes]) -> list[bytes]:
-    """The blocks `condemned` and all that follow them, children before parents. `parents` is block -> parent;
+def deepest_first(doomed: Iterable[bytes], parents: Mapping[bytes, bytes]) -> list[bytes]:
+    """The blocks `doomed` and all that follow them, children before parents. `parents` is block -> parent;
     what has no entry is not stored."""
     children: dict[bytes, list[bytes]] = {}
     for block, parent in parents.items():
         children.setdefault(parent, []).append(block)
-    # A block under two condemned ones comes once, in the place of the deeper search that reached it last.
+    # A block under two of them comes once, in the place of the deeper search that reached it last.
     found: dict[bytes, None] = {}
-    level: Sequence[bytes] = list(condemned)
+    level: Sequence[bytes] = list(doomed)
     while level:
         for block in level:
             found.pop(block, None)

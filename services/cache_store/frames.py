@@ -66,6 +66,24 @@ class BadFrame(StrEnum):
     CRC = "crc"
     SCALES = "scales"  # numbers in the payload that make NaN or infinity of values; found by the decoder
 
+    @property
+    def taints(self) -> bool:
+        """Whether blocks that follow it are wrong too.
+
+        A frame that was lost, damaged or mixed up in the store taints nobody. Its block's values were right
+        at its writer; and no other worker has ever computed from the frame, for all refuse it before. So what
+        follows was computed from right values and has frames of its own that say so: it is kept, and found
+        again once one writer has replaced the one bad frame. Otherwise a flipped bit in a system prompt would
+        cost every conversation that begins with it.
+
+        SCALES is the other case. The checksum is right: so it is what the writer had, in its memory, and what
+        it then computed from, block after block. (Workers look before they write; this one's memory, kernels
+        or release were at fault.) NaN spreads and would be noticed block by block, but what stayed finite
+        beside it deserves no trust, so all that follows goes. That also loses what others may have computed
+        there from right values; but who wrote what is not known, and a block less is only slower.
+        """
+        return self is BadFrame.SCALES
+
 
 @dataclass(frozen=True)
 class FrameFormat:

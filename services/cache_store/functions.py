@@ -18,7 +18,9 @@ Keys of shard k, all in one slot by the hash tag (N = layout version, `LAYOUT`):
                                   counter
     repriseN:{sK}:dropped   SET   names of payloads that no record needs, until somebody has unlinked them
     repriseN:{sK}:counts    HASH  counters for the metrics
-    repriseN:{sK}:condemned SET   blocks that operators deleted, until they and what follows them are gone
+    repriseN:{sK}:condemned SET   blocks that operators deleted, or whose writers had wrong values, until they
+                                  and what follows them are gone
+    repriseN:{sK}:lost      ZSET  blocks without a payload that others follow -> until when these wait for it
     repriseN:{sK}:trace     STREAM what is looked up and written, there while somebody records (recorder.py)
     repriseN:{pJ}:<name>    STRING payload (see payloads.py); name = block hash + fence
 
@@ -47,11 +49,11 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from services.cache_store.worth import Events
-from services.wire.hashes import HASH_BYTES
+from services.wire.hashes import HASH_BYTES, split_hashes
 from services.wire.messages import DEFAULT_PRIORITY, MAX_PRIORITY
 
 #: Of the keys and records. Anything that reads them differently needs another number.
-LAYOUT = 2
+LAYOUT = 3
 SOURCE = files("services.cache_store").joinpath("functions.lua").read_text(encoding="utf-8")
 
 #: The parent of a prefix's first block.
@@ -129,6 +131,7 @@ class Usage:
     reservations: int
     dropped: int  # payloads waiting to be unlinked
     ghosts: int  # evicted blocks that are remembered
+    lost: int  # blocks without a payload, kept for those that follow them
     owners: dict[bytes, int]  # bytes by owner digest
     quotas: dict[bytes, int]
     floors: dict[bytes, int]
@@ -244,6 +247,7 @@ class StoreFunctions:
             "learned",
             "condemned",
             "trace",
+            "lost",
         )
         self.key = {name: b"reprise%d:{s%d}:%s" % (LAYOUT, shard, name.encode()) for name in names}
         self._head = (len(names), *self.key.values())  # every call declares all keys, in the Lua file's order
@@ -296,10 +300,12 @@ class StoreFunctions:
         """Give reservations back. Returns names of payloads to unlink."""
         return _names(self._call("abort", fence, *_bounded(hashes)))
 
-    def quarantine(self, block: bytes, fence: bytes, reason: str) -> list[bytes]:
+    def quarantine(self, block: bytes, fence: bytes, reason: str, taints: bool = False) -> list[bytes]:
         """Report that the payload of a READY block is missing or bad: nobody will find it, nor what follows
-        it, until a writer has written it again. Returns names of payloads to unlink."""
-        return _names(self._call("quarantine", block, fence, reason))
+        it, until a writer has written it again. What follows waits ten minutes for that and then goes
+        (`deletion`); if the block `taints` it, it goes without, and until then the block is not written.
+        Returns names of payloads to unlink."""
+        return _names(self._call("quarantine", block, fence, reason, int(taints)))
 
     def retain(self, hashes: Sequence[bytes], owner: bytes, priority: int, ttl_ms: int | None) -> int:
         """Add `owner`'s retention to stored blocks, as `reserve` does. Returns how many were known. PINNED
@@ -379,8 +385,15 @@ class StoreFunctions:
         """Blocks that are to go, with what follows them."""
         return set(self.redis.smembers(self.key["condemned"]))  # type: ignore[arg-type]
 
+    def doomed(self) -> tuple[set[bytes], set[bytes]]:
+        """Condemned blocks, which are to go with what follows them; and lost ones that nobody has written
+        again in time, some at least: what follows them is to go, and they with the last of it."""
+        condemned, lost = self._call("doomed")
+        return set(split_hashes(condemned)), set(split_hashes(lost))
+
     def drop(self, blocks: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
-        """Remove condemned blocks or what follows them, children before parents, whatever their rank.
+        """Remove condemned blocks, or what follows them or lost ones, children before parents, whatever their
+        rank.
         Returns those that have to wait, for a reader or a child, and names of payloads to unlink."""
         gone, dropped = self._call("drop", *_bounded(blocks))
         waiting = [block for block, flag in zip(blocks, gone, strict=True) if flag == ord("0")]
@@ -437,8 +450,9 @@ class StoreFunctions:
         pipeline.zcard(self.key["writing"])
         pipeline.scard(self.key["dropped"])
         pipeline.zcard(self.key["ghosts"])
+        pipeline.zcard(self.key["lost"])
         pipeline.hgetall(self.key["bytes"])
-        config, blocks, leaves, reservations, dropped, ghosts, used = pipeline.execute()
+        config, blocks, leaves, reservations, dropped, ghosts, lost, used = pipeline.execute()
         owners = {owner: int(size) for owner, size in used.items()}
 
         def limits(name: bytes) -> dict[bytes, int]:
@@ -453,6 +467,7 @@ class StoreFunctions:
             reservations=reservations,
             dropped=dropped,
             ghosts=ghosts,
+            lost=lost,
             owners=owners,
             quotas=limits(b"quota:"),
             floors=limits(b"floor:"),

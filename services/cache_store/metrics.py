@@ -42,6 +42,7 @@ def families(usage: Usage, history: History, tenants: Mapping[bytes, str]) -> It
         ("reservations", "Blocks being written.", usage.reservations),
         ("dropped_payloads", "Payloads of evicted blocks not yet deleted.", usage.dropped),
         ("ghosts", "Evicted blocks that are remembered.", usage.ghosts),
+        ("lost_blocks", "Blocks without a payload, which hide what is stored behind them.", usage.lost),
     ):
         yield GaugeMetricFamily(f"reprise_store_{name}", help_, value)
     for name, key, help_ in (
@@ -51,7 +52,7 @@ def families(usage: Usage, history: History, tenants: Mapping[bytes, str]) -> It
         ("written_blocks", "committed", "Blocks written."),
         ("reaped_reservations", "reaped", "Blocks whose writer did not finish in time."),
         ("expired_retentions", "expired", "Time limits of retentions that ended."),
-        ("deleted_blocks", "deleted", "Blocks deleted by operators."),
+        ("deleted_blocks", "deleted", "Blocks deleted: by operators, or because they follow a bad one."),
     ):
         yield CounterMetricFamily(f"reprise_store_{name}", help_, counts.get(key, 0))
     yield CounterMetricFamily(

@@ -14,6 +14,7 @@ from services.cache_store.functions import ROOT, SOURCE, NewBlock, Reserved, Sto
 CLOCK_KEY = "test:clock"
 #: The same functions with Redis' TIME replaced by a list [seconds, microseconds] of the same shape.
 TURNABLE = SOURCE.replace("redis.call('TIME')", f"redis.call('LRANGE', '{CLOCK_KEY}', 0, 1)")
+CONDEMNED = 2  # in the byte that says whether a block has retentions
 ALICE, BOB = owner_digest("alice"), owner_digest("bob")
 
 
@@ -82,6 +83,7 @@ class Record:
     tier: int
     uses: int
     priority: int
+    condemned: bool
     readers: int
     children: int
     size: int
@@ -92,10 +94,11 @@ class Record:
 
     @classmethod
     def unpack(cls, packed: bytes) -> Record:
-        state, value, last, priority, _, _, readers, children, size, lease, fence, _, parent = struct.unpack(
-            ">BB6sBBBHHI6s7s8s16s", packed
+        state, value, last, priority, _, retained, readers, children, size, lease, fence, _, parent = (
+            struct.unpack(">BB6sBBBHHI6s7s8s16s", packed)
         )
         last_ms, lease_ms = int.from_bytes(last, "big"), int.from_bytes(lease, "big")
         return cls(
-            state, value >> 4, value & 15, priority, readers, children, size, last_ms, lease_ms, fence, parent
-        )
+            state, value >> 4, value & 15, priority, retained >= CONDEMNED, readers, children, size, last_ms,
+            lease_ms, fence, parent,
+        )  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from services.cache_store.functions import ROOT, NewBlock, Reserved
+from services.cache_store.functions import PINNED, ROOT, NewBlock, Reserved
 from services.cache_store.worth import (
     AGES,
     GHOST_LIFE_MS,
@@ -21,7 +21,7 @@ from services.wire.messages import DEFAULT_PRIORITY, MAX_PRIORITY
 WRITING, READY, LOST = 0, 1, 2
 MAX_RETENTIONS = 8
 NEVER = 2**48 - 1
-WEIGHTS_LIFE, PAUSE = 600_000, 1000
+WEIGHTS_LIFE, LOST_LIFE, PAUSE = 600_000, 600_000, 1000
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Block:
     lease: int = 0
     readers: int = 0
     held: bool = False
+    condemned: bool = False
+    waits_until: int = 0  # of a LOST block: what follows it goes then
     retentions: dict[tuple[bytes, int], Retention] = field(default_factory=dict)
 
     @property
@@ -117,6 +119,25 @@ class Oracle:
         age = age_bucket(self.now - block.queued)
         return self.weights.density[self.group(block)[1] * AGES + age]
 
+    def head(self) -> Block | None:
+        """The leaf that goes next, if nothing protects it: worth least of the oldest of each group."""
+        heads: dict[tuple[int, int], Block] = {}
+        for block in sorted(self.blocks.values(), key=lambda block: (block.queued, block.hash)):
+            if self.is_leaf(block) and block.queued <= self.now and self.priority(block) < PINNED:
+                heads.setdefault(self.group(block), block)
+        return min(heads.values(), key=lambda b: (self.worth(b), b.queued, b.hash), default=None)
+
+    def follow(self, block: Block) -> list[Block]:
+        """All that is stored behind a block."""
+        return [deeper for child in self.children(block) for deeper in (child, *self.follow(child))]
+
+    def doomed(self) -> tuple[set[bytes], set[bytes]]:
+        lost = [block for block in self.blocks.values() if block.state == LOST]
+        return (
+            {block.hash for block in self.blocks.values() if block.condemned},
+            {block.hash for block in lost if block.waits_until <= self.now},
+        )
+
     def victim(self, max_priority: int, needs: bytes | None, own: bool = False) -> Block | None:
         """The leaf to lose for a block of `max_priority` of the owner `needs`, one of its `own` if it has
         reached its quota: of the oldest of each group the one worth least. One that may not go yet waits."""
@@ -158,6 +179,7 @@ class Oracle:
         if block.state != LOST:
             self.dropped.add(block.name)
         if self.children(block):
+            block.waits_until = self.now + LOST_LIFE
             block.state, block.size, block.fence, block.lease, block.readers = LOST, 0, bytes(7), 0, 0
             return
         del self.blocks[block.hash]
@@ -217,7 +239,7 @@ class Oracle:
         found = []
         for hash_ in hashes:
             block = self.blocks.get(hash_)
-            if block is None or block.state != READY:
+            if block is None or block.state != READY or block.condemned:
                 break
             found.append(block)
         return found
@@ -255,6 +277,8 @@ class Oracle:
 
     def reserve_block(self, new: NewBlock, life_ms: int, fence: bytes, evicted: list[bytes]) -> str:
         known = self.blocks.get(new.hash)
+        if known is not None and known.condemned:
+            return "F"
         if known is not None and known.state in (READY, WRITING):
             if known.state == READY:
                 known.uses = min(MAX_USES, known.uses + 1)
@@ -262,7 +286,8 @@ class Oracle:
             self.retain_block(known, new.owner, new.priority, new.ttl_ms)
             return "H" if known.state == READY else "F"
         if known is None:
-            if new.parent != ROOT and new.parent not in self.blocks:
+            parent = self.blocks.get(new.parent)
+            if new.parent != ROOT and (parent is None or parent.condemned):
                 return "O"
             known = self.blocks[new.hash] = Block(new.hash, new.parent, new.owner)
         known.state, known.owner, known.fence = WRITING, new.owner, fence
@@ -301,10 +326,64 @@ class Oracle:
             if block is not None and block.state == WRITING and block.fence == fence:
                 self.remove(block)
 
-    def quarantine(self, hash_: bytes, fence: bytes) -> None:
+    def quarantine(self, hash_: bytes, fence: bytes, taints: bool) -> None:
         block = self.blocks.get(hash_)
         if block is not None and block.state == READY and block.fence == fence:
+            block.condemned |= taints
             self.remove(block)
+
+    def condemn(self, hash_: bytes) -> bool:
+        if hash_ in self.blocks:
+            self.blocks[hash_].condemned = True
+        return hash_ in self.blocks
+
+    def drop(self, hashes: list[bytes]) -> list[bytes]:
+        """Those that have to wait."""
+        waiting = []
+        for hash_ in hashes:
+            block = self.blocks.get(hash_)
+            if block is not None and block.lease <= self.now and not self.children(block):
+                self.remove(block)
+            if hash_ in self.blocks:
+                waiting.append(hash_)
+        return waiting
+
+    def delete_doomed(self) -> None:
+        condemned, lost = self.doomed()
+        following = [block for hash_ in condemned | lost for block in self.follow(self.blocks[hash_])]
+        going = condemned | {block.hash for block in following} - lost
+        before: set[bytes] = set()
+        while going != before:
+            before, going = going, set(self.drop(list(going)))
+
+    def pin(
+        self, lasts: list[bytes], owner: bytes, ttl: int, most: int, priority: int
+    ) -> tuple[int, int, int] | str:
+        """(blocks, their bytes, bytes of all pinned ones), or what is wrong."""
+        path: dict[bytes, Block] = {}
+        for last in lasts:
+            at = last
+            while at != ROOT and at not in path:
+                block = self.blocks.get(at)
+                if block is None or block.state != READY:
+                    return "missing"
+                if block.condemned:
+                    return "deleting"
+                path[at] = block
+                at = block.parent
+        new = sum(block.size for block in path.values() if self.priority(block) < PINNED)
+        if priority == PINNED and ttl and new and self.pinned() + new > most:
+            return "room"
+        for block in path.values():
+            if ttl:
+                self.retain_block(block, owner, priority, ttl)
+            elif block.retentions:
+                block.retentions.pop((owner, priority), None)
+                self.settle(block)
+        return len(path), sum(block.size for block in path.values()), self.pinned()
+
+    def pinned(self) -> int:
+        return sum(block.size for block in self.blocks.values() if self.priority(block) == PINNED)
 
     def retain(self, hashes: list[bytes], owner: bytes, priority: int, ttl: int | None) -> int:
         known = [self.blocks[hash_] for hash_ in hashes if hash_ in self.blocks]

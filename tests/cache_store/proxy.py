@@ -1,4 +1,4 @@
-"""A TCP proxy before Redis whose answers come as slowly as a test wants."""
+"""A TCP proxy before Redis: answers come as slowly as a test wants, and what passes is counted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ _CATCH_UP_S = 0.002
 
 
 class SlowProxy:
-    """Forwards a port of its own to the server at `target_port`; answers come at `bytes_per_s`."""
+    """Forwards a port of its own to the server at `target_port`; answers come at `bytes_per_s`.
+
+    `asked_bytes` and `answered_bytes` are what has passed.
+    """
 
     def __init__(self, target_port: int, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s
         self._target_port = target_port
         self._sockets: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self.asked_bytes = self.answered_bytes = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -47,6 +52,11 @@ class SlowProxy:
         due_s = 0.0
         with suppress(OSError):
             while data := source.recv(chunk_bytes):
+                with self._lock:
+                    if answers:
+                        self.answered_bytes += len(data)
+                    else:
+                        self.asked_bytes += len(data)
                 if answers:
                     due_s = max(due_s, time.monotonic() - _CATCH_UP_S) + len(data) / self._bytes_per_s
                     if (early_s := due_s - time.monotonic()) > 0:

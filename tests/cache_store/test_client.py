@@ -14,7 +14,7 @@ from redis import Redis
 from services.cache_store.allocation import stored_bytes
 from services.cache_store.client import BlockStore, Outcome, WriteBlock
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
-from services.cache_store.frames import FrameFormat
+from services.cache_store.frames import FrameFormat, frame_header
 from services.cache_store.functions import LAYOUT, ROOT, StoreFunctions, owner_digest
 from services.cache_store.payloads import Payloads
 from tests.cache_store.harness import chain
@@ -261,6 +261,65 @@ def test_a_fleet_changes_its_codec_worker_by_worker(redis_server: LocalRedis) ->
     assert not any(name.startswith("quarantined") for name in new.counts())
     old.close()
     new.close()
+
+
+@pytest.mark.parametrize(
+    ("of", "reason"),
+    [
+        ("another block", "block"),
+        ("another model", "fingerprint"),
+        ("another codec", "coarser"),
+        ("another shape", "shape"),
+    ],
+)
+def test_a_sound_frame_put_in_the_place_of_another_is_a_miss(
+    store: BlockStore, redis: Redis, of: str, reason: str
+) -> None:
+    blocks = chain("a", 3)
+    store.write(to_write(blocks))
+    keys = {block: key for key in payload_keys(redis) for block in blocks if block in key}
+    payload = payload_of(blocks[1])
+    formats = {
+        "another model": FrameFormat(b"x" * 16, 2, 16, PAYLOAD_BYTES),
+        "another codec": FrameFormat(b"f" * 16, 2, 16, PAYLOAD_BYTES, "int8"),
+        "another shape": FrameFormat(b"f" * 16, 2, 32, PAYLOAD_BYTES),
+    }
+    if of == "another block":
+        frame = redis.get(keys[blocks[2]])
+    else:
+        frame = frame_header(formats[of], blocks[1], blocks[0], payload) + bytes(payload)
+    redis.set(keys[blocks[1]], frame)
+    assert read_all(store, blocks) == [bytes(payload_of(blocks[0]))]
+    assert [name for name in store.counts() if name.startswith("quarantined")] == [f"quarantined:{reason}"]
+
+
+def test_an_old_frame_of_a_block_put_back_under_the_new_name_is_the_same_block(
+    store: BlockStore, redis: Redis
+) -> None:
+    """A replay: its name says what its values are of, so an old frame is as right as the one it replaces."""
+    blocks = chain("a", 2)
+    store.write(to_write(blocks))
+    (old,) = (key for key in payload_keys(redis) if blocks[1] in key)
+    frame = redis.get(old)
+    StoreFunctions(redis).evict(0)
+    store.write(to_write(blocks))
+    (new,) = (key for key in payload_keys(redis) if blocks[1] in key and key != old)
+    redis.set(new, frame)
+    assert read_all(store, blocks) == [bytes(payload_of(block)) for block in blocks]
+
+
+def test_an_old_frame_put_back_under_its_old_name_is_found_by_nobody(store: BlockStore, redis: Redis) -> None:
+    blocks = chain("a", 2)
+    store.write(to_write(blocks))
+    (old,) = (key for key in payload_keys(redis) if blocks[1] in key)
+    frame = bytearray(redis.get(old))
+    StoreFunctions(redis).evict(0)
+    frame[-1] ^= 1
+    redis.set(old, bytes(frame))
+    assert read_all(store, blocks) == []
+    store.write(to_write(blocks))
+    redis.set(old, bytes(frame))  # a writer that comes too late
+    assert read_all(store, blocks) == [bytes(payload_of(block)) for block in blocks]
 
 
 @pytest.mark.parametrize("value", [b"", b"x", b"RPKV"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,12 @@ from services.cache_store.client import BlockStore, Outcome
 from services.cache_store.embedded import LocalRedis, find_server, start_redis
 from services.cache_store.frames import FrameFormat
 from services.cache_store.functions import StoreFunctions
+from services.cache_store.lanes import Lane
 from tests.cache_store.conftest import SERVERS
 from tests.cache_store.harness import chain
 from tests.cache_store.proxy import SlowProxy
 from tests.cache_store.test_client import FORMAT, payload_of, read_all, to_write
+from tests.cache_store.tls_proxy import TlsProxy
 
 SIZE = 1 << 20
 LARGE = FrameFormat(b"f" * 16, 2, 16, SIZE)
@@ -256,34 +260,67 @@ def test_users_and_passwords_and_databases_are_taken_from_the_url(
         assert redis.dbsize() > 3
 
 
-def tls_port(server: LocalRedis, certificate: tuple[Path, Path]) -> int:
-    """Where `server` speaks TLS from now on."""
+@dataclass
+class Tls:
+    """A server that is reached by TLS, and `proxy` where it needs one for that."""
+
+    server: LocalRedis
+    port: int
+    proxy: TlsProxy | None
+
+    def url(self, options: str = "", user: str = "") -> str:
+        return f"rediss://{user}127.0.0.1:{self.port}/0{options}"
+
+
+def own_tls_port(server: LocalRedis, certificate: tuple[Path, Path]) -> int | None:
+    """Where `server` speaks TLS itself from now on; None if it was built without. Valkey 8.1 dies of that."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
     files = {"tls-cert-file": certificate[0], "tls-key-file": certificate[1], "tls-auth-clients": "no"}
     with Redis.from_url(server.socket_url) as redis:
         try:
             redis.config_set("tls-port", port, *(str(word) for pair in files.items() for word in pair))
-        except RedisError as error:
-            pytest.skip(f"this server was built without TLS: {error}")
+        except RedisError:
+            return None
     return port
 
 
+def server_context(certificate: tuple[Path, Path]) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    return context
+
+
+@pytest.fixture
+def tls(server: LocalRedis, certificate: tuple[Path, Path]) -> Iterator[Tls]:
+    """Behind a proxy, which can be closed and can ask for a certificate."""
+    proxy = TlsProxy(port_of(server), server_context(certificate))
+    yield Tls(server, proxy.port, proxy)
+    proxy.close()
+
+
 @pytest.fixture(params=SERVERS, ids=lambda path: Path(path).name)
-def own_server(request: pytest.FixtureRequest) -> Iterator[LocalRedis]:
-    """Valkey 8.1 built without TLS dies of being asked for it, so no other test's."""
+def any_tls(request: pytest.FixtureRequest, certificate: tuple[Path, Path]) -> Iterator[Tls]:
+    """Each kind of server with its own TLS where it has any, else behind a proxy."""
     server = start_redis(Path(request.param), max_memory=256 << 20)
-    yield server
+    port = own_tls_port(server, certificate)
+    if port is not None:
+        yield Tls(server, port, None)
+    else:
+        server.stop()
+        server = start_redis(Path(request.param), max_memory=256 << 20)
+        proxy = TlsProxy(port_of(server), server_context(certificate))
+        yield Tls(server, proxy.port, proxy)
+        proxy.close()
     server.stop()
 
 
 def test_payloads_travel_over_tls_to_a_server_whose_certificate_is_trusted_and_to_no_other(
-    own_server: LocalRedis, certificate: tuple[Path, Path], stores: Callable[..., BlockStore]
+    any_tls: Tls, certificate: tuple[Path, Path], stores: Callable[..., BlockStore]
 ) -> None:
-    url = f"rediss://127.0.0.1:{tls_port(own_server, certificate)}/0"
-    trusting = stores(f"{url}?ssl_ca_certs={certificate[0]}", timeout_s=5.0)
-    careless = stores(f"{url}?ssl_cert_reqs=none&ssl_check_hostname=false", timeout_s=5.0)
-    doubting = stores(url)
+    trusting = stores(any_tls.url(f"?ssl_ca_certs={certificate[0]}"), timeout_s=5.0)
+    careless = stores(any_tls.url("?ssl_cert_reqs=none&ssl_check_hostname=false"), timeout_s=5.0)
+    doubting = stores(any_tls.url())
     blocks = BLOCKS[:12]
     assert set(trusting.write(to_write(blocks, SIZE)).outcomes.values()) == {Outcome.STORED}
     for store in (trusting, careless):
@@ -295,6 +332,74 @@ def test_payloads_travel_over_tls_to_a_server_whose_certificate_is_trusted_and_t
     assert doubting.lookup(blocks, "t") is None
     assert doubting.read(found, 0, 4) == []
     assert doubting.counts()["errors"] == 2
+
+
+def test_over_tls_a_password_is_needed_for_control_and_for_payloads(
+    tls: Tls, certificate: tuple[Path, Path], stores: Callable[..., BlockStore]
+) -> None:
+    with Redis.from_url(tls.server.socket_url) as redis:
+        redis.acl_setuser("worker", enabled=True, passwords=["+pass word"], keys=["*"], commands=["+@all"])
+        redis.config_set("requirepass", "secret")
+    trust = f"?ssl_ca_certs={certificate[0]}"
+    right, wrong, none = (
+        stores(tls.url(trust, user), timeout_s=5.0) for user in ("worker:pass%20word@", "worker:no@", "")
+    )
+    blocks = BLOCKS[:10]
+    assert set(right.write(to_write(blocks, SIZE)).outcomes.values()) == {Outcome.STORED}
+    found = right.lookup(blocks, "t")
+    assert found is not None
+    payloads = right.read(found, 0, right.batch)
+    assert is_right([bytes(payload.data) for payload in payloads], blocks)
+    assert len(payloads) == right.batch
+    for store in (wrong, none):
+        assert store.lookup(blocks, "t") is None
+        assert store.read(found, 0, 4) == []
+        assert store.write(to_write(blocks, SIZE)).outcomes == {}
+        assert store.counts()["errors"] == 3
+
+
+def test_a_server_that_wants_to_know_its_clients_serves_those_with_a_certificate_only(
+    server: LocalRedis, certificate: tuple[Path, Path], stores: Callable[..., BlockStore]
+) -> None:
+    context = server_context(certificate)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(certificate[0])
+    proxy = TlsProxy(port_of(server), context)
+    trust = f"rediss://127.0.0.1:{proxy.port}/0?ssl_ca_certs={certificate[0]}"
+    known = stores(f"{trust}&ssl_certfile={certificate[0]}&ssl_keyfile={certificate[1]}", timeout_s=5.0)
+    unknown = stores(trust, timeout_s=5.0)
+    assert set(known.write(to_write(BLOCKS[:3], SIZE)).outcomes.values()) == {Outcome.STORED}
+    found = known.lookup(BLOCKS[:3], "t")
+    assert found is not None
+    assert len(known.read(found, 0, 3)) == 3
+    assert unknown.lookup(BLOCKS[:3], "t") is None
+    assert unknown.read(found, 0, 3) == []
+    proxy.close()
+
+
+def test_a_read_over_tls_that_is_cut_goes_on_over_a_new_connection(
+    tls: Tls, certificate: tuple[Path, Path], stores: Callable[..., BlockStore]
+) -> None:
+    store = stores(tls.url(f"?ssl_ca_certs={certificate[0]}"), timeout_s=5.0)
+    store.write(to_write(BLOCKS[:8], SIZE))
+    found = store.lookup(BLOCKS[:8], "t")
+    assert found is not None
+    assert tls.proxy is not None
+    taken: list[int] = []
+
+    def cut_after_the_third(index: int, frame: memoryview | None) -> bool:
+        taken.append(index)
+        if index == 2:
+            tls.proxy.cut()
+        return frame is not None
+
+    memory = memoryview(bytearray(8 * store.slot_bytes))
+    store._payloads.get(found.names[: store.batch], memory, Lane.GET, cut_after_the_third)
+    assert taken == list(range(store.batch))
+    got = read_all(store, BLOCKS[:8])
+    assert is_right(got, BLOCKS)
+    assert len(got) == 8
+    assert "errors" not in store.counts()
 
 
 def test_a_certificate_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def start(store: Store, kind: int, prompt: int, owner: bytes) -> Actor:
     return writer(store, PROMPTS[prompt], owner)
 
 
-def check_books(store: Store) -> None:
+def check_books(store: Store, capacity: int = CAPACITY) -> None:
     records = store.records()
     for hash_, record in records.items():
         assert record.parent == ROOT or record.parent in records
@@ -91,9 +91,11 @@ def check_books(store: Store) -> None:
     leaves = {hash_ for hash_, record in records.items() if record.state == READY and not record.children}
     assert set(store.client.zrange(store.calls.key["leaves"], 0, -1)) == leaves
     assert store.client.zcard(store.calls.key["owned"]) == len(leaves)
+    lost = {hash_ for hash_, record in records.items() if record.state == LOST}
+    assert set(store.client.zrange(store.calls.key["lost"], 0, -1)) == lost
     usage = store.calls.usage()
     assert usage.total == sum(usage.owners.values()) == sum(record.size for record in records.values())
-    assert usage.total <= CAPACITY
+    assert usage.total <= capacity
 
 
 def check_payloads(store: Store) -> None:

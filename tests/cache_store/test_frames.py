@@ -6,7 +6,7 @@ from typing import Any
 from zlib import crc32
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from services.cache_store.frames import (
@@ -133,6 +133,42 @@ def test_one_codec_in_anothers_clothes_is_of_the_wrong_length() -> None:
     reader = format_of("k8v4", "none", "int8", "fp8")
     for codec in ("none", "int8", "fp8"):
         assert read(forged(frame_of(codec), 5, bytes([CODEC_IDS["k8v4"]])), reader) is BadFrame.SHAPE
+
+
+#: Where the header's fields begin and end, and what a reader says of another's. The codec is above.
+#: Nobody looks at what is reserved, nor at the parent: a block's hash is made from it.
+FIELDS = {
+    BadFrame.MAGIC: [(0, 4)],
+    BadFrame.VERSION: [(4, 5)],
+    BadFrame.FINGERPRINT: [(12, 20)],
+    BadFrame.BLOCK: [(20, 36)],
+    BadFrame.SHAPE: [(6, 8), (8, 10), (52, 56), (56, 60)],
+}
+
+
+@given(st.sampled_from([(why, at) for why, places in FIELDS.items() for at in places]), st.data())
+def test_a_field_that_says_otherwise_is_refused_by_name_even_under_a_right_checksum(
+    field: tuple[BadFrame, tuple[int, int]], data: st.DataObject
+) -> None:
+    reason, (start, end) = field
+    value = data.draw(st.binary(min_size=end - start, max_size=end - start))
+    assume(value != FRAME[start:end])
+    assert read(forged(FRAME, start, value)) is reason
+
+
+@given(st.dictionaries(st.integers(0, len(FRAME) - 1), st.integers(1, 255), min_size=1, max_size=40))
+def test_no_damage_goes_unnoticed(damage: dict[int, int]) -> None:
+    frame = bytearray(FRAME)
+    for at, bits in damage.items():
+        frame[at] ^= bits
+    assert isinstance(read(bytes(frame)), BadFrame)
+
+
+@given(st.integers(0, len(FRAME) - 1), st.binary(max_size=100))
+def test_a_frame_that_is_cut_anywhere_is_truncated_whatever_comes_after_it(end: int, rest: bytes) -> None:
+    assert read(FRAME[:end]) is BadFrame.TRUNCATED
+    assume(FRAME[:end] + rest != FRAME)
+    assert isinstance(read(FRAME[:end] + rest), BadFrame)
 
 
 @given(st.binary(max_size=200))

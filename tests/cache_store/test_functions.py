@@ -139,6 +139,15 @@ def test_fences_never_repeat_even_after_the_store_was_emptied(store: Store) -> N
     assert fences == sorted(set(fences))
 
 
+def test_a_replica_that_never_heard_of_the_latest_fences_gives_none_of_them_again(store: Store) -> None:
+    store.reserve(chain("a", 1))
+    heard = store.client.hget(store.calls.key["config"], "fence")
+    latest = [store.reserve(chain(f"{i}", 1)).fence for i in range(5)]
+    store.client.hset(store.calls.key["config"], "fence", heard)  # the replica takes over,
+    store.turn_clock()  # after a millisecond at least
+    assert store.reserve(chain("b", 1)).fence > max(latest)
+
+
 # ---- leases ---------------------------------------------------------------------------------------------
 
 

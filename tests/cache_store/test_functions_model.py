@@ -11,8 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 from redis import Redis
 
+from services.cache_store.deletion import Deletion
 from services.cache_store.embedded import LocalRedis
-from services.cache_store.functions import PINNED, ROOT, NewBlock
+from services.cache_store.functions import PINNED, ROOT, NewBlock, PinRefused
 from services.cache_store.worth import AGES, CLASSES, Weights, value_class
 from tests.cache_store.harness import ALICE, BOB, Store, block_hash
 from tests.cache_store.oracle import LOST, WRITING, Oracle
@@ -39,6 +40,9 @@ nodes = st.integers(0, len(PARENTS) - 1)
 owners = st.sampled_from([ALICE, BOB])
 priorities = st.sampled_from([0, 35, 35, 60, 90])
 ttls = st.sampled_from([None, None, 1, 50, 1000])
+
+
+REFUSALS = {"missing": "not stored as a whole", "deleting": "being deleted", "room": "bytes would be pinned"}
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -126,12 +130,54 @@ class StoreMachine(RuleBasedStateMachine):
         assert (left, more) == (self.oracle.total(), False)
 
     @precondition(lambda self: self.fences)
-    @rule(data=st.data())
-    def a_reader_finds_a_bad_payload(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), taints=st.booleans())
+    def a_reader_finds_a_bad_payload(self, data: st.DataObject, taints: bool) -> None:
         self.tick()
         hash_, fence = data.draw(st.sampled_from(self.fences))
-        self.store.calls.quarantine(hash_, fence, "crc")
-        self.oracle.quarantine(hash_, fence)
+        self.store.calls.quarantine(hash_, fence, "crc", taints)
+        self.oracle.quarantine(hash_, fence, taints)
+
+    @rule(node=nodes)
+    def condemn(self, node: int) -> None:
+        self.tick()
+        assert self.store.calls.condemn(NODES[node]) == self.oracle.condemn(NODES[node])
+
+    @rule(some=st.lists(nodes, min_size=1, max_size=4, unique=True))
+    def drop_what_follows_a_condemned_block_or_a_part_of_it(self, some: list[int]) -> None:
+        self.tick()
+        blocks = [NODES[i] for i in sorted(some, reverse=True)]  # children before parents
+        waiting, _ = self.store.calls.drop(blocks)
+        assert waiting == self.oracle.drop(blocks)
+
+    @rule()
+    def delete_what_is_doomed(self) -> None:
+        self.tick()
+        Deletion(self.store.calls, lambda names: None).step()
+        self.oracle.delete_doomed()
+
+    @rule(
+        lasts=st.lists(nodes, min_size=1, max_size=2),
+        owner=owners,
+        ttl=st.sampled_from([0, 50, 1000]),
+        most=st.sampled_from([0, 250, 1000]),
+        priority=st.sampled_from([80, PINNED, PINNED]),
+    )
+    def pin(self, lasts: list[int], owner: bytes, ttl: int, most: int, priority: int) -> None:
+        self.upkeep()  # before, what has ended may count as pinned still
+        blocks = [NODES[i] for i in lasts]
+        expected = self.oracle.pin(blocks, owner, ttl, most, priority)
+        if isinstance(expected, tuple):
+            assert self.store.calls.pin(blocks, owner, ttl, most, priority) == expected
+        else:
+            with pytest.raises(PinRefused, match=REFUSALS[expected]):
+                self.store.calls.pin(blocks, owner, ttl, most, priority)
+
+    @rule()
+    def margin(self) -> None:
+        self.upkeep()
+        margin, head = self.store.calls.margin(), self.oracle.head()
+        assert (margin.total, margin.capacity) == (self.oracle.total(), self.oracle.capacity)
+        assert margin.density == (self.oracle.worth(head) if head and self.oracle.learned() else None)
 
     @rule(node=nodes, owner=owners, priority=priorities, ttl=ttls)
     def retain(self, node: int, owner: bytes, priority: int, ttl: int | None) -> None:
@@ -194,6 +240,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert record.parent == ROOT or record.parent in records
             assert record.children or record.state != LOST
             assert record.state == LOST or record.uses == block.uses
+            assert record.condemned == block.condemned
             if not oracle.overdue(block):
                 assert (record.priority, record.tier) == (oracle.priority(block), oracle.tier(block))
         leaves = {block.hash: block for block in oracle.blocks.values() if oracle.is_leaf(block)}
@@ -210,6 +257,11 @@ class StoreMachine(RuleBasedStateMachine):
             block.hash: block.deadline for block in oracle.blocks.values() if block.state == WRITING
         }
         assert self.client.smembers(key["dropped"]) == oracle.dropped
+        assert dict(self.client.zrange(key["lost"], 0, -1, withscores=True)) == {
+            block.hash: block.waits_until for block in oracle.blocks.values() if block.state == LOST
+        }
+        assert self.store.calls.doomed() == oracle.doomed()
+        assert self.store.calls.condemned() == oracle.doomed()[0]
         usage = self.store.calls.usage()
         assert usage.total == oracle.total() <= oracle.capacity
         assert usage.pinned == sum(r.size for r in records.values() if r.priority == PINNED)
