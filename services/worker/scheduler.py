@@ -360,8 +360,8 @@ class Scheduler:
         """Others wait for the sequence's blocks from `first` on."""
         self._loading.update(dict.fromkeys(sequence.hashes[first:], sequence))
 
-    def _forget(self, sequence: Sequence) -> None:
-        for block in sequence.hashes:
+    def _forget(self, sequence: Sequence, blocks: list[bytes]) -> None:
+        for block in blocks:
             if self._loading.get(block) is sequence:
                 del self._loading[block]
 
@@ -394,7 +394,7 @@ class Scheduler:
         assert self._loader is not None
         self._loader.cancel(sequence)
         sequence.loading = False
-        self._forget(sequence)
+        self._forget(sequence, sequence.hashes)
         if sequence.following:
             self._await(sequence, sequence.computed // self._block_size)
 
@@ -412,13 +412,14 @@ class Scheduler:
             if not came:
                 break
             self._name(sequence, range(front, front + came), now)
+            self._forget(sequence, sequence.hashes[front : front + came])  # they wait for no more than that
             sequence.store_tokens += self._advance(sequence, (front + came) * self._block_size)
         if sequence.following != (followed is not None):
             sequence.following = not sequence.following
             if followed is not None:
                 self._await(sequence, followed)
             elif not sequence.loading:
-                self._forget(sequence)
+                self._forget(sequence, sequence.hashes)
         return followed
 
     # ---- pages of a sequence
@@ -434,7 +435,7 @@ class Scheduler:
             self._loader.leave(sequence)
         if sequence.following:
             sequence.following = False
-            self._forget(sequence)
+            self._forget(sequence, sequence.hashes)
         match sequence.phase:
             case Phase.WAITING:
                 del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]

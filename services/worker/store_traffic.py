@@ -96,6 +96,9 @@ class StoreLoads:
         self._active: dict[Sequence, _Active] = {}
         self._missing: dict[Sequence, _Missing] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._active or self._missing)
+
     @property
     def look_again_s(self) -> float:
         """How soon something may have come when there is nothing to compute."""

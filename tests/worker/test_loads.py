@@ -159,7 +159,7 @@ class Simulation:
     def check_empty(self) -> None:
         self.pool.check()
         assert self.pool.referenced == 0
-        assert self.loads.look_again_s == math.inf
+        assert not self.loads
         assert self.scheduler._loading == {}
         assert all(load.over for load, _, _ in self.store.loads)
 
