@@ -50,8 +50,11 @@ register('claim', function(keys, args)
       if by == claimer then return {'M'} end
       local all = (#claim - HEADER_BYTES) / ID_BYTES
       local part = blocks * ID_BYTES / #run
-      -- One that is late is expected to be so for as long again.
+      -- One that is late is expected to be so for as long again, one that is faster than it said to stay so.
       local expected = math.abs(other_begins + (other_due - other_begins) * (offset + blocks) / all - now)
+      if offset > 0 and now > other_begins then
+        expected = math.min(expected, (now - other_begins) / offset * blocks)
+      end
       if blocks >= least and expected <= begins + (waits - begins) * part then
         if followed == 0 then redis.call('SETRANGE', keys[n], FOLLOWED - 1, '\1') end
         return {'F', blocks, math.ceil(expected), n, by}

@@ -12,8 +12,10 @@ How late that can make a request, R being the predicted seconds of computing all
 only for what is expected to be here R/4 after it would have computed it itself, or sooner. If that promise
 is not kept it goes on alone as soon as it would be R/4 later by that than promised, so what has come
 counts. The worst is one that dies in the last moment of a promise and has brought nothing: 3/2 R. Mostly it
-is much less: a worker that dies loses its claims within a second, and a store that says nothing is waited
-for half a second. Time before the sequence's turn is nobody's loss.
+is much less: a worker that dies loses its claims within a second, and a store that says nothing is not
+waited for longer. When that happens the request may follow one more, so that of many who followed a dead
+worker one computes and not all; who breaks a second promise is the last. Time before the sequence's turn is
+nobody's loss.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from services.cache_store.claims import Followed, Times
+from services.cache_store.claims import LIFE_S, Followed, Times
 from services.worker.tiers import EncodedBlock, Outlook
 
 #: How much later than computing alone a request may be expected to be for following, as a share of computing
 #: alone; the device is spared all of it.
 SHARE = 0.25
 
-#: A store that says nothing for so long is not waited for. Many looks at it, and longer than a busy machine
-#: keeps a thread from running.
-_SILENCE_S = 0.5
+#: A store that says nothing for so long is not waited for: many looks at it, as long as a dead worker is, and
+#: longer than a busy machine keeps a thread from running.
+_SILENCE_S = LIFE_S
 
 
 class State(Enum):
@@ -89,6 +91,8 @@ class Flight:
         self._heard_s = 0.0
         self._turn_s: float | None = None  # when the sequence would have begun to compute,
         self._turn_at = 0  # with so many taken
+        self._excused_s = 0.0  # late through one that broke its promise
+        self._broken = 0  # promises
         self._computing = False  # it does: from now on it follows nobody
         self._left = False
 
@@ -153,6 +157,11 @@ class Flight:
         """Leading blocks that are waited for."""
         return self._target
 
+    @property
+    def has_waited_enough(self) -> bool:
+        """It is not to ask again when the other that it follows now computes no more."""
+        return self._broken > 0 and self._is_broken()
+
     def left_s(self, blocks: int | None = None) -> float:
         """Predicted seconds to compute the next `blocks`, by default all, that are not here."""
         end = len(self.run) if blocks is None else self.brought + blocks
@@ -172,7 +181,8 @@ class Flight:
             compute_s = self.left_s()
             steps = max(1.0, compute_s / self._step_s) if self._step_s else 1.0
             last_s = min(compute_s, transfer_s) / steps
-            spare_s = SHARE * self._seconds(self._turn_at, len(self.run)) - max(0.0, self._late_s(now))
+            late_s = 0.0 if self._is_broken() else max(0.0, self._late_s(now) - self._excused_s)
+            spare_s = SHARE * self._seconds(self._turn_at, len(self.run)) - late_s
             return Times(
                 begins_s,
                 waits_s=max(0.0, begins_s + compute_s + spare_s - last_s - lag_s),
@@ -194,6 +204,9 @@ class Flight:
             if self._left or self._computing:
                 self.state = State.OVER
                 return False
+            if self._is_broken():
+                self._broken += 1
+                self._excused_s = max(0.0, self._late_s(self._clock()))
             if self.state is not State.THEIRS:
                 self._count("follows", 1)
             self.state, self.followed = State.THEIRS, followed
@@ -257,6 +270,10 @@ class Flight:
         self._end_follow()
         self.state = State.OVER
 
+    def _is_broken(self) -> bool:
+        """Whether, if the other computes no more, that is less than it promised."""
+        return self.state is State.THEIRS and self.brought < self._target
+
     def _end_follow(self) -> None:
-        if self.state is State.THEIRS and self.brought < self._target and not self._left:
+        if self._is_broken() and not self._left:
             self._count("follows_recomputed", 1)

@@ -63,6 +63,7 @@ class Flights:
         self._flights: list[Flight] = []
         self._until: dict[Flight, float] = {}  # by flights that are ours
         self._unwritten: set[bytes] = set()
+        self._elsewhere: dict[bytes, float] = {}  # blocks that another writer is at, since when
         self._awaited: frozenset[bytes] = frozenset()
         self._woken = self._stopped = False
         self._beat_s = -math.inf
@@ -92,11 +93,12 @@ class Flights:
             self._woken = True
             self._work.notify()
 
-    def written(self, unwritten: Iterable[bytes]) -> None:
-        """Blocks were written, or were to be and are not in the store."""
+    def written(self, unwritten: Iterable[bytes], elsewhere: Iterable[bytes]) -> None:
+        """Blocks were written, or were to be and are not in the store, or are being written by another."""
         with self._work:
             if self._flights:
                 self._unwritten.update(unwritten)
+                self._elsewhere.update(dict.fromkeys(elsewhere, self._clock()))
                 self._woken = True
                 self._work.notify()
 
@@ -127,6 +129,8 @@ class Flights:
         self._release(over)
         with self._work:
             self._flights = [flight for flight in self._flights if flight not in over]
+            if not self._flights:
+                self._elsewhere.clear()
         self._note_awaited()
 
     # ---- inside
@@ -158,7 +162,7 @@ class Flights:
         start = flight.brought
         lag_s = POLL_S + _ROUND_TRIPS * self._link.latency_s(now)
         least_s = lag_s / SHARE  # else it is later than following may make a request
-        if not least_s <= flight.left_s() < math.inf:
+        if flight.has_waited_enough or not least_s <= flight.left_s() < math.inf:
             flight.over()
             return
         missing = flight.run[start:]
@@ -204,14 +208,18 @@ class Flights:
             self._ask(flight)
 
     def _check_written(self, flight: Flight, unwritten: set[bytes]) -> None:
-        run = flight.run
+        """Let a claim go that is kept, or will not be."""
+        run, now = flight.run, self._clock()
         while flight.stored < len(run) and run[flight.stored] in self._known:
             flight.stored += 1
-        if (
-            flight.stored == len(run)
-            or self._clock() > self._until[flight]
-            or not unwritten.isdisjoint(run[flight.stored :])
-        ):
+        kept = flight.stored == len(run)
+        broken = now > self._until[flight] or not unwritten.isdisjoint(run[flight.stored :])
+        if not kept and (since_s := self._elsewhere.get(run[flight.stored])) is not None:
+            # Nobody tells us when another has written it; one that died at it has it reserved for some time.
+            stored = self._store.stored(run[flight.stored : flight.stored + _LOOK_BLOCKS]) or 0
+            self._known.add(run[flight.stored : flight.stored + stored])
+            broken |= not stored and now - since_s > LIFE_S
+        if kept or broken:
             flight.over()
 
     def _renew(self, flights: list[Flight]) -> None:

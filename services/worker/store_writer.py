@@ -39,9 +39,10 @@ class StoreWriter:
         store: BlockStore,
         known: KnownBlocks,
         most_queued: int,
-        written: Callable[[Sequence[bytes]], None],
+        written: Callable[[Sequence[bytes], Sequence[bytes]], None],
     ) -> None:
-        """`written` hears after each batch which of its blocks the store does not have."""
+        """`written` hears after each batch which of its blocks the store does not have, and which another
+        writer is at."""
         self._most_queued = most_queued
         self._store = store
         self._known = known
@@ -163,15 +164,17 @@ class StoreWriter:
             ]
         )
         self._known.discard(report.dropped)
-        stored, unwritten, orphans = [], [], []
+        stored, elsewhere, unwritten, orphans = [], [], [], []
         for block in batch:
             outcome = report.outcomes.get(block.hash)
             if outcome in (Outcome.STORED, Outcome.HAD):
                 stored.append(block.hash)
-            elif outcome is not Outcome.FOLLOWED:
+            elif outcome is Outcome.FOLLOWED:
+                elsewhere.append(block.hash)
+            else:
                 unwritten.append(block.hash)
             if outcome is Outcome.ORPHANED:
                 orphans.append(block.parent)  # not there, whatever we believed: wanted again
         self._known.add(stored)
         self._known.discard(orphans)
-        self._written(unwritten)
+        self._written(unwritten, elsewhere)

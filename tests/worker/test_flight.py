@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.kv_payload import Codec
-from services.cache_store.claims import Followed
+from services.cache_store.claims import LIFE_S, Followed
 from services.worker.flight import SHARE, Flight, State
 from services.worker.store_reader import StoreLoad
 from services.worker.tiers import EncodedBlock, Outlook
@@ -244,12 +244,12 @@ def test_one_that_dies_is_recomputed_from_where_it_was() -> None:
     assert seconds <= ALONE_S + 2 * POLL_S + 0.005
 
 
-def test_a_store_that_falls_silent_is_waited_for_half_a_second() -> None:
+def test_a_store_that_falls_silent_is_waited_for_a_second() -> None:
     other = steady(block_s=0.05, silent_s=0.2)
     other.promised_s = 100.0  # else the promise would end it first
     seconds, simulation = ttft(other)
     assert simulation.computed == (60 - 3) * BLOCK + 5
-    assert seconds <= 0.2 + 0.5 + (60 - 3) * BLOCK_S + 0.02
+    assert seconds <= 0.2 + LIFE_S + (60 - 3) * BLOCK_S + 0.02
 
 
 def test_without_progress_it_waits_for_the_promise_and_a_quarter_of_computing() -> None:
