@@ -8,6 +8,9 @@ A flight is one sequence's part in it:
             on, as the other stores them, and the sequence takes them in its turn.
     OVER    the sequence computes what is left, and nobody waits for it.
 
+A claim goes to who expects to be done first: who lost it so, as is noticed when it is renewed, follows like
+others, from where it is.
+
 How late that can make a request, R being the predicted seconds of computing all that it waits for: it waits
 only for what is expected to be here R/4 after it would have computed it itself, or sooner. If that promise
 is not kept it goes on alone as soon as it would be R/4 later by that than promised, so what has come
@@ -93,7 +96,6 @@ class Flight:
         self._turn_at = 0  # with so many taken
         self._excused_s = 0.0  # late through one that broke its promise
         self._broken = 0  # promises
-        self._computing = False  # it does: from now on it follows nobody
         self._left = False
 
     # ---- for the engine
@@ -114,7 +116,6 @@ class Flight:
                 if now - self._heard_s <= _SILENCE_S and self._late_s(now) <= self._patience_s():
                     return True
                 self._end()
-            self._computing = True
             return False
 
     def take(self, front: int) -> list[EncodedBlock]:
@@ -198,10 +199,10 @@ class Flight:
             self.state, self.key, self.stored = State.OURS, key, self.brought
             return True
 
-    def theirs(self, followed: Followed) -> bool:
-        """Another worker computes the next blocks. False if the sequence does so itself by now."""
+    def theirs(self, followed: Followed, start: int) -> bool:
+        """Another worker computes the blocks from `start` on. False if that is of no use any more."""
         with self._lock:
-            if self._left or self._computing:
+            if self._left or self.state is State.OVER:
                 self.state = State.OVER
                 return False
             if self._is_broken():
@@ -211,16 +212,16 @@ class Flight:
                 self._count("follows", 1)
             self.state, self.followed = State.THEIRS, followed
             self.stored = self.brought
-            self._target = self.brought + followed.blocks
+            self._target = start + followed.blocks
             self._heard_s = self._clock()
-            self._promised_s, self._promised_at = self._heard_s + followed.expected_s, self.brought
+            self._promised_s, self._promised_at = self._heard_s + followed.expected_s, start
             return True
 
     def lost(self) -> bool:
         """The claim is another's. Whether to ask who that is."""
         with self._lock:
             self.key = None
-            if self._left or self._computing:
+            if self._left:
                 self.state = State.OVER
             return self.state is not State.OVER
 
@@ -245,6 +246,7 @@ class Flight:
     # ---- inside, under the lock
 
     def _advance(self, front: int) -> None:
+        front = min(front, len(self.run))  # the prompt's last tokens make no block
         del self._blocks[: max(0, front - self._front)]
         self._front = max(self._front, front)
 

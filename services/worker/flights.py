@@ -178,7 +178,7 @@ class Flights:
             self._store.release_claims([key])
             if stored:  # whoever had claimed it has just stored it
                 answer = Followed(stored, 0.0, key, b"")
-        if not isinstance(answer, Followed) or not flight.theirs(answer):
+        if not isinstance(answer, Followed) or not flight.theirs(answer, start):
             flight.over()
 
     def _watch(self, flight: Flight) -> None:

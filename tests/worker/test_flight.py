@@ -88,7 +88,9 @@ class FollowedStore(Store):
         self.counts[what] += by
 
     def follow(self, load: StoreLoad, flight: Flight, other: Other, blocks: int) -> None:
-        if flight.theirs(Followed(blocks, other.promised_s, b"key", b"claimer")) and not load.depart(flight):
+        if flight.theirs(Followed(blocks, other.promised_s, b"key", b"claimer"), 0) and not load.depart(
+            flight
+        ):
             flight.leave(computed=False)
         self.events += [
             (self.now + POLL_S * poll, lambda: flight.heard(flight.brought))
