@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
+from os import urandom
 from typing import TypeVar
 
 from redis import Connection, Redis
@@ -21,8 +22,10 @@ from redis.retry import Retry
 from services.cache_store.address import Address
 from services.cache_store.allocation import stored_bytes
 from services.cache_store.breaker import CircuitBreaker
+from services.cache_store.claims import CLAIMER_BYTES, Claimed, Claims, Followed, Times
 from services.cache_store.embedded import public_url
 from services.cache_store.frames import (
+    CODEC_IDS,
     HEADER_BYTES,
     BadFrame,
     FrameFormat,
@@ -140,6 +143,8 @@ class BlockStore:
         self._capacity = capacity
         self._block_bytes = stored_bytes(format.frame_bytes)
         self._functions = StoreFunctions(self._redis, shard=shard)
+        claimer = urandom(CLAIMER_BYTES)
+        self._claims = Claims(self._redis, claimer, CODEC_IDS[format.codec], shard=shard)
         self._lanes = Lanes()
         self._pool = ConnectionPool(Address.from_url(url), timeout_s)
         self._payloads = Payloads(
@@ -193,6 +198,29 @@ class BlockStore:
     def lookup(self, hashes: Sequence[bytes], tenant: str) -> Found | None:
         """The leading run of `hashes` that the store holds, leased: release it. None: unreachable."""
         return self._try(partial(self._lookup, hashes, owner_digest(tenant)), None)
+
+    def stored(self, hashes: Sequence[bytes]) -> int | None:
+        """How many leading ones of `hashes` the store holds, at most 1,024 of them; this is no use of them.
+        None: unreachable."""
+        return self._try(partial(self._peek, partial(self._functions.peek, hashes[:MAX_BLOCKS])), None)
+
+    def claim(
+        self, before: Sequence[bytes], run: Sequence[bytes], times: Times, least: int
+    ) -> Claimed | Followed | None:
+        """See Claims.claim. None: unreachable."""
+        return self._try(partial(self._peek, partial(self._claims.claim, before, run, times, least)), None)
+
+    def holds(self, followed: Followed) -> bool | None:
+        """See Claims.holds. None: unreachable."""
+        return self._try(partial(self._peek, partial(self._claims.holds, followed)), None)
+
+    def renew_claims(self, keys: Sequence[bytes]) -> list[tuple[bool, bool]] | None:
+        """See Claims.renew. None: unreachable."""
+        return self._try(partial(self._claims.renew, keys), None)
+
+    def release_claims(self, keys: Sequence[bytes]) -> None:
+        """See Claims.release; those that cannot be reached end by themselves."""
+        self._try(partial(self._claims.release, keys), None)
 
     def read(
         self,
@@ -313,6 +341,11 @@ class BlockStore:
                 break
         run = list(hashes[: len(fences)])
         return Found(run, [block + fence for block, fence in zip(run, fences, strict=True)], leases, until)
+
+    def _peek(self, call: Callable[[], _Result]) -> _Result:
+        """A metadata call that a request waits for."""
+        with self._lanes.turn(Lane.PEEK, 0, _PEEK_WAIT_S):
+            return call()
 
     def _quarantine(self, name: bytes, reason: BadFrame) -> None:
         self.count(f"quarantined:{reason}")

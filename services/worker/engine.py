@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 #: For KV pages on a CPU unless the config says otherwise.
 _CPU_KV_BYTES = 1 << 30
 
-#: How often a turn without a step looks at loads and copies under way.
-_POLL_S = 0.0005
+#: How often a turn without a step looks at copies under way.
+_COPY_POLL_S = 0.0005
 
 #: A turn without anything to do still happens this often: it passes on the store's events.
 _IDLE_TURN_S = 0.1
@@ -122,7 +122,9 @@ class Engine:
         if config.host_bytes:
             tier = self._host = HostTier(config.host_bytes, self._copies, store, clock)
         if tier is not None:
-            self._loads = StoreLoads(tier, self._copies, self._rates, config.block_size, self._host)
+            self._loads = StoreLoads(
+                tier, self._copies, self._rates, config.block_size, config.max_step_tokens, self._host
+            )
             self._write_behind = WriteBehind(tier, self._copies, self._pool, self.counters, clock, self._host)
         limits = Limits(config.block_size, config.max_running, config.max_step_tokens, group_prefixes=on_gpu)
         self._scheduler = Scheduler(limits, self._pool, self._loads)
@@ -254,7 +256,10 @@ class Engine:
             turn_s = self._clock() - self._turned_s
             self.counters.host_s += turn_s - (self.counters.wait_s - waited_s)
         elif not self._steps:
-            self._inbox.wait(_POLL_S if self._loads or self._write_behind else _IDLE_TURN_S)
+            look_again_s = _COPY_POLL_S if self._write_behind else _IDLE_TURN_S
+            if self._loads is not None:
+                look_again_s = min(look_again_s, self._loads.look_again_s)
+            self._inbox.wait(look_again_s)
 
     def _busy_s(self) -> float:
         """Predicted seconds until the device is done with the steps under way."""

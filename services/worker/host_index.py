@@ -5,6 +5,7 @@ least learned worth first, uses remembered beyond eviction. Pure: no clock, no t
 
 A block crosses the link to the store when there is a reason for it, and waits here until then:
     room       the store is not full (its threshold is 0)
+    awaited    another worker waits for it now (flight.py)
     asked for  its request wants it kept longer than by default
     shared     two different blocks continue it: a prompt of many, which others may ask another worker for
     leaving    it goes from here and is worth more than what would go for it in the store
@@ -15,8 +16,9 @@ nothing is held back, for what is not written at first sight is gone. (`python -
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from services.cache_store.eviction import ValuePolicy
 from services.cache_store.worth import History, tier
@@ -77,6 +79,11 @@ class HostIndex:
                 break
             found.append(block)
         return found
+
+    def held(self, hashes: Iterable[bytes]) -> list[HostBlock]:
+        """Those of these blocks that are here, each behind those before it in its prefix."""
+        blocks = (self._blocks.get(hash) for hash in hashes)
+        return sorted((block for block in blocks if block is not None), key=attrgetter("depth"))
 
     def add(
         self, hash: bytes, parent: bytes, first: bytes, depth: int, tenant: str, wish: Wish, now_ms: int

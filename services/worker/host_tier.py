@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -24,7 +24,7 @@ import torch
 
 from services.worker.block_copies import BlockCopies
 from services.worker.host_index import HostBlock, HostIndex, Wish
-from services.worker.tiers import EncodedBlock, Load, OfferedBlock, StoreTier
+from services.worker.tiers import EncodedBlock, Load, OfferedBlock, Outlook, StoreTier
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,11 @@ class HostTier:
         if blocks:
             self._give(blocks[-1])
 
+    def give(self, hashes: Set[bytes]) -> None:
+        """Have the store get those of these blocks that are here: another worker waits for them."""
+        for block in self._index.held(hashes):
+            self._give_path(block)
+
     def take_host_events(self) -> tuple[list[bytes], list[bytes]]:
         """(stored, removed) block hashes of host memory since the last call."""
         return self._index.take_events()
@@ -119,9 +124,21 @@ class HostTier:
     # ---- the store behind it
 
     def start_load(
-        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes, most: int
+        self,
+        hashes: Sequence[bytes],
+        recompute_s: Sequence[float],
+        tenant: str,
+        first: bytes,
+        most: int,
+        outlook: Outlook | None = None,
     ) -> Load | None:
-        return self._store.start_load(hashes, recompute_s, tenant, first, most) if self._store else None
+        if self._store is None:
+            return None
+        return self._store.start_load(hashes, recompute_s, tenant, first, most, outlook)
+
+    @property
+    def awaited(self) -> Set[bytes]:
+        return self._store.awaited if self._store is not None else frozenset()
 
     def offer(self, blocks: Sequence[OfferedBlock]) -> int:
         taken = 0
@@ -201,7 +218,8 @@ class HostTier:
     def _give(self, block: HostBlock) -> None:
         """Have the store get what it should have because of this block."""
         if self._store is not None:
-            threshold = self._store.threshold(block.first)
+            awaited = block.hash in self._store.awaited
+            threshold = 0.0 if awaited else self._store.threshold(block.first)
             wanted = self._index.for_store(block, threshold)
             if wanted is not None:
                 self._give_path(wanted)

@@ -13,6 +13,10 @@ from the front; where the two meet the sequence goes on behind what was loaded. 
 to end about then, and the step with it; the next steps have what that leaves of the token budget. So if the
 load fails, the same is computed in the same order as without it, in more parts.
 
+Flights. What the store lacks and another worker computes is not computed here: the sequence takes it as it
+comes, from the front, and those behind it go on meanwhile. It keeps its pages, which it would fill otherwise;
+others of the same prompt wait without any.
+
 Memory. Admission takes all pages of the known tokens; decoding takes one page a block. When none is left the
 last sequence in order gives its pages back and waits: its full blocks stay cached until they are needed.
 """
@@ -22,7 +26,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, takewhile
 from typing import Protocol
 
 from services.worker.pages import PagePool
@@ -53,9 +57,9 @@ class BlockLoader(Protocol):
     def restore(self, sequence: Sequence, first_block: int) -> int:
         """Put those into the sequence's pages; returns how many."""
 
-    def start(self, sequence: Sequence, first_block: int) -> bool:
+    def start(self, sequence: Sequence, first_block: int, ahead_tokens: int) -> bool:
         """Begin to load blocks from `first_block` on, the last first; False when they are better computed, or
-        there is no room for them now."""
+        there is no room for them now. So many tokens are computed before the sequence's."""
 
     def fill(self, sequence: Sequence, front: int) -> range | None:
         """Put what has come of the blocks from `front` on into the sequence's pages. Returns all that are
@@ -67,7 +71,18 @@ class BlockLoader(Protocol):
         with it."""
 
     def cancel(self, sequence: Sequence) -> None:
-        """The sequence wants no more blocks."""
+        """The sequence wants no more blocks of its load."""
+
+    def follows(self, sequence: Sequence, front: int) -> int | None:
+        """Which block the sequence, having those before `front`, is not to compute, nor any behind it,
+        because another worker does; None when there is no such."""
+
+    def receive(self, sequence: Sequence, front: int) -> int:
+        """Put what has come of these, from `front` on, into the sequence's pages; returns how many."""
+
+    def leave(self, sequence: Sequence) -> None:
+        """The sequence ends, or gives its pages back: it follows nobody, and nobody should follow it unless
+        its prompt is computed."""
 
 
 class Scheduler:
@@ -83,7 +98,7 @@ class Scheduler:
         self._prefixes = PrefixGroups(pool)
         self._serials = count()
         self._waiting: list[Sequence] = []  # by order
-        self._loading: dict[bytes, Sequence] = {}  # by every block that it may load
+        self._loading: dict[bytes, Sequence] = {}  # by every block that it may load or follows another for
         self._prefill: list[Sequence] = []  # by order
         self._decode: dict[Sequence, None] = {}
         self._cut_tokens = 0  # prefilled by the steps before the next one that are parts of the same one
@@ -201,9 +216,13 @@ class Scheduler:
         a load is expected to be done before so many are computed, or the sequence jumps."""
         self._take_held_blocks(sequence, now)
         tail = self._loaded_tail(sequence, now) if sequence.loading else None
+        end = sequence.length if not tail else tail.start * self._block_size
+        if (followed := self._followed(sequence, now)) is not None:
+            end = min(end, followed * self._block_size)
+            if end <= sequence.computed:
+                return 0  # others go on
         # A prompt that is held to its last token still computes that one: its logits are needed.
         start = min(sequence.computed, sequence.length - 1)
-        end = sequence.length if not tail else tail.start * self._block_size
         wanted = most = min(budget, end - start)
         if sequence.loading:
             assert self._loader is not None
@@ -331,9 +350,20 @@ class Scheduler:
             return
         if self._is_awaited(sequence, sequence.hashes[first]):
             return
-        sequence.asked = sequence.loading = self._loader.start(sequence, first)
+        ahead = sum(s.length - s.computed for s in self._prefill if s.order < sequence.order)
+        ahead += sum(s.uncached for s in takewhile(lambda s: s.order < sequence.order, self._waiting))
+        sequence.asked = sequence.loading = self._loader.start(sequence, first, ahead)
         if sequence.loading:
-            self._loading.update(dict.fromkeys(sequence.hashes[first:], sequence))
+            self._await(sequence, first)
+
+    def _await(self, sequence: Sequence, first: int) -> None:
+        """Others wait for the sequence's blocks from `first` on."""
+        self._loading.update(dict.fromkeys(sequence.hashes[first:], sequence))
+
+    def _forget(self, sequence: Sequence, blocks: list[bytes]) -> None:
+        for block in blocks:
+            if self._loading.get(block) is sequence:
+                del self._loading[block]
 
     def _is_awaited(self, sequence: Sequence, block: bytes | None) -> bool:
         """Whether a sequence that is served before this one computes or loads the block."""
@@ -364,9 +394,33 @@ class Scheduler:
         assert self._loader is not None
         self._loader.cancel(sequence)
         sequence.loading = False
-        for block in sequence.hashes:
-            if self._loading.get(block) is sequence:
-                del self._loading[block]
+        self._forget(sequence, sequence.hashes)
+        if sequence.following:
+            self._await(sequence, sequence.computed // self._block_size)
+
+    def _followed(self, sequence: Sequence, now: float) -> int | None:
+        """Take what another worker has computed by now of the sequence's blocks; returns the first one that
+        it is to wait for, None when there is none."""
+        if self._loader is None:
+            return None
+        while True:
+            front = -(-sequence.computed // self._block_size)
+            followed = self._loader.follows(sequence, front)
+            if followed != front or sequence.computed % self._block_size:
+                break
+            came = self._loader.receive(sequence, front)
+            if not came:
+                break
+            self._name(sequence, range(front, front + came), now)
+            self._forget(sequence, sequence.hashes[front : front + came])  # they wait for no more than that
+            sequence.store_tokens += self._advance(sequence, (front + came) * self._block_size)
+        if sequence.following != (followed is not None):
+            sequence.following = not sequence.following
+            if followed is not None:
+                self._await(sequence, followed)
+            elif not sequence.loading:
+                self._forget(sequence, sequence.hashes)
+        return followed
 
     # ---- pages of a sequence
 
@@ -377,6 +431,11 @@ class Scheduler:
         """Take the sequence out of its phase's list, end its load and give back its pages and slot."""
         if sequence.loading:
             self._end_load(sequence)
+        if self._loader is not None:
+            self._loader.leave(sequence)
+        if sequence.following:
+            sequence.following = False
+            self._forget(sequence, sequence.hashes)
         match sequence.phase:
             case Phase.WAITING:
                 del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]

@@ -48,6 +48,7 @@ class Sequence:
         "capacity",
         "computed",
         "first_planned_s",
+        "following",
         "given",
         "gpu_tokens",
         "hashes",
@@ -93,6 +94,7 @@ class Sequence:
         self.slot = -1  # row of the runner's tables; -1 = none
         self.asked = False  # the store was asked for its blocks, since it waits
         self.loading = False  # a load is under way, or has brought what computing has not met yet
+        self.following = False  # another worker computes its next blocks
         self.stalled_s = 0.0  # that it let pass without computing, for a load to end
         self.awaits: bytes | None = None  # block that another sequence is loading for both
         self.uncached = self.given  # tokens to compute at admission, estimated on arrival

@@ -1,6 +1,7 @@
 """Loads from the store: a queue, two threads, and the decision what is worth loading.
 
 start -> gate -> queue -> [thread] lookup + lease -> gate -> read and verify, from the back -> release
+What the lookup did not find becomes a flight (flights.py); what comes of those is read by the same threads.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from services.cache_store.client import BlockStore, Found
 from services.cache_store.frames import HEADER_BYTES, BadFrame, Payload
 from services.cache_store.known import KnownBlocks
 from services.cache_store.link import LinkEstimate
+from services.worker.flight import Flight
+from services.worker.flights import Flights
 from services.worker.gate import blocks_worth_loading
-from services.worker.tiers import EncodedBlock
+from services.worker.tiers import EncodedBlock, Outlook
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +56,17 @@ class StoreLoad:
         answer_s: float,
         block_s: float,
         clock: Callable[[], float],
+        outlook: Outlook | None = None,
     ) -> None:
         """Expected: `answer_s` until the store says what it has, then `block_s` a block."""
         self.hashes = hashes
         self.recompute_s = recompute_s
         self.tenant = tenant
         self.most = most
+        self.outlook = outlook
         self.over = False
         self.found: int | None = None
+        self.flight: Flight | None = None
         self._clock = clock
         self._lock = threading.Lock()
         self._blocks: list[EncodedBlock] = []
@@ -103,6 +109,13 @@ class StoreLoad:
             return 0.0
         front = self.found - self._brought
         return self.recompute_s[self.found - 1] - (self.recompute_s[front - 1] if front else 0.0)
+
+    def depart(self, flight: Flight) -> bool:
+        """What the store lacks is a flight. False if nobody will look at it any more."""
+        with self._lock:
+            if not self.over:
+                self.flight = flight
+            return not self.over
 
     def answer(self, found: int) -> None:
         """The store has `found` of the blocks asked for and they are worth loading."""
@@ -152,7 +165,8 @@ class StoreReader:
         self._known = known
         self._link = link
         self._clock = clock
-        self._queue: SimpleQueue[StoreLoad | None] = SimpleQueue()
+        self.flights = Flights(store, known, link, block_bytes, self._bring_soon, clock)
+        self._queue: SimpleQueue[StoreLoad | Flight | None] = SimpleQueue()
         self._loads: list[StoreLoad] = []  # under way or queued, and some that are over
         self._stopped = False
         self._threads = [
@@ -160,9 +174,15 @@ class StoreReader:
         ]
         for thread in self._threads:
             thread.start()
+        self.flights.start()
 
     def start(
-        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, most: int
+        self,
+        hashes: Sequence[bytes],
+        recompute_s: Sequence[float],
+        tenant: str,
+        most: int,
+        outlook: Outlook | None = None,
     ) -> StoreLoad | None:
         """See `StoreTier.start_load`."""
         self._loads = [load for load in self._loads if not load.over]
@@ -175,7 +195,9 @@ class StoreReader:
         now = self._clock()
         answer_s = queued_s + self._link.latency_s(now)
         block_s = self._block_bytes / self._link.bytes_per_s(now)
-        load = StoreLoad(hashes, recompute_s, tenant, min(most, len(hashes)), answer_s, block_s, self._clock)
+        load = StoreLoad(
+            hashes, recompute_s, tenant, min(most, len(hashes)), answer_s, block_s, self._clock, outlook
+        )
         self._loads.append(load)
         self._queue.put(load)
         return load
@@ -183,19 +205,21 @@ class StoreReader:
     def stop(self) -> None:
         """End all loads; the threads end as soon as the store lets go of them."""
         self._stopped = True
+        self.flights.stop()
         for _ in self._threads:
             self._queue.put(None)
 
     def join(self) -> None:
+        self.flights.join()
         for thread in self._threads:
             thread.join(_JOIN_S)
         while True:
             try:
-                load = self._queue.get_nowait()
+                job = self._queue.get_nowait()
             except Empty:
                 return
-            if load is not None:
-                load.finish()
+            if isinstance(job, StoreLoad):
+                job.finish()
 
     def _worth_loading(self, recompute_s: Sequence[float], queued_s: float = 0.0) -> int:
         now = self._clock()
@@ -207,14 +231,22 @@ class StoreReader:
         )
 
     def _run(self) -> None:
-        while (load := self._queue.get()) is not None:
+        while (job := self._queue.get()) is not None:
             try:
-                if not load.over and not self._stopped:
-                    self._load(load)
+                if self._stopped:
+                    pass
+                elif isinstance(job, Flight):
+                    self._bring(job)
+                elif not job.over:
+                    self._load(job)
             except Exception:  # a bug must cost a load, not all loads to come
                 log.exception("a load from the store failed")
             finally:
-                load.finish()
+                if isinstance(job, StoreLoad):
+                    job.finish()
+                else:
+                    job.reading = False
+                    self.flights.wake()
 
     def _load(self, load: StoreLoad) -> None:
         self._store.count("loads")
@@ -227,12 +259,59 @@ class StoreReader:
         self._known.add(found.hashes)
         self._known.discard(load.hashes[len(found.hashes) :])
         try:
+            self._depart(load, len(found.hashes))
             if self._worth_loading(load.recompute_s[: len(found.hashes)]):
                 load.answer(len(found.hashes))
                 self._read(load, found)
         finally:
             load.finish()  # before the release, which the engine need not wait for
             self._store.release(found, load.saved_s)
+
+    def _depart(self, load: StoreLoad, found: int) -> None:
+        """What the store lacks is for one worker to compute."""
+        if load.outlook is None or found == len(load.hashes):
+            return
+        before_s = load.recompute_s[found - 1] if found else 0.0
+        flight = Flight(
+            load.hashes[found:],
+            [seconds - before_s for seconds in load.recompute_s[found:]],
+            load.tenant,
+            found,
+            load.most,
+            replace(load.outlook, before=[*load.outlook.before, *load.hashes[:found]]),
+            self._store.count,
+            self.flights.wake,
+            self._clock,
+        )
+        if self.flights.ask(flight) and not load.depart(flight):
+            flight.leave(computed=False)
+
+    def _bring_soon(self, flight: Flight) -> None:
+        self._queue.put(flight)
+
+    def _bring(self, flight: Flight) -> None:
+        """What the store has by now of a followed run, from the front."""
+        start = flight.brought
+        stop = min(flight.stored, start + flight.room)
+        if stop <= start:
+            return
+        found = self._store.lookup(flight.run[start:stop], flight.tenant)
+        if not found or not found.hashes:
+            flight.over()  # the store is down, or has lost them
+            return
+        self._known.add(found.hashes)
+        saved_s = 0.0
+        try:
+            count = len(found.hashes)
+            for at in range(0, count, self._store.batch):
+                blocks = self._batch(found, at, min(count, at + self._store.batch))
+                saved_s += flight.left_s(len(blocks))
+                flight.add(start + at, blocks)
+                if len(blocks) < min(count - at, self._store.batch):
+                    flight.over()
+                    return
+        finally:
+            self._store.release(found, saved_s)
 
     def _read(self, load: StoreLoad, found: Found) -> None:
         """From the back: what comes is of use wherever computing has got to."""
@@ -246,24 +325,35 @@ class StoreReader:
             stop = min(count, start + max(1, min(self._store.batch, int(_BATCH_S / block_s), 2 * size)))
             size = stop - start
             load.expect(size * block_s)
-            frames = torch.empty((size, self._store.slot_bytes), dtype=torch.uint8, pin_memory=self._pinned)
-            payloads = self._store.read(run, start, stop, tensor_bytes(frames))
-            blocks = self._sound(payloads, frames)
+            blocks = self._batch(run, start, stop)
             now = self._clock()
-            if len(blocks) < len(payloads):
-                self._store.quarantine(run, start + len(blocks), BadFrame.SCALES)
             if blocks:
-                self._link.observe_read(sum(len(block.payload) for block in blocks), now - asked_s, now)
-                self._store.count("loaded_blocks", len(blocks))
                 # The slower of the whole and the latest: nothing is gained by believing in a lucky burst.
                 pace_s = (now - began_s) / (start + len(blocks)), (now - asked_s) / len(blocks)
                 load.add(blocks, max(pace_s))
-            elif now - asked_s > size * block_s:  # not for what it should be, for want of it
-                self._link.observe_read(size * self._block_bytes, _FAILED * (now - asked_s), now)
             if len(blocks) < size:
-                self._known.discard([run.hashes[start + len(blocks)]])
                 return
             start, asked_s = stop, now
+
+    def _batch(self, run: Found, start: int, stop: int) -> list[EncodedBlock]:
+        """Read blocks `start` to `stop` of a run: those before the first that is not as it should be."""
+        asked_s = self._clock()
+        size = stop - start
+        block_s = self._block_bytes / self._link.bytes_per_s(asked_s)
+        frames = torch.empty((size, self._store.slot_bytes), dtype=torch.uint8, pin_memory=self._pinned)
+        payloads = self._store.read(run, start, stop, tensor_bytes(frames))
+        blocks = self._sound(payloads, frames)
+        now = self._clock()
+        if len(blocks) < len(payloads):
+            self._store.quarantine(run, start + len(blocks), BadFrame.SCALES)
+        if blocks:
+            self._link.observe_read(sum(len(block.payload) for block in blocks), now - asked_s, now)
+            self._store.count("loaded_blocks", len(blocks))
+        elif now - asked_s > size * block_s:  # not for what it should be, for want of it
+            self._link.observe_read(size * self._block_bytes, _FAILED * (now - asked_s), now)
+        if len(blocks) < size:
+            self._known.discard([run.hashes[start + len(blocks)]])
+        return blocks
 
     def _sound(self, payloads: Sequence[Payload], frames: torch.Tensor) -> list[EncodedBlock]:
         """The leading payloads that decode to finite values: parts of the rows of `frames` that they were

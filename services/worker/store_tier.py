@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -27,7 +27,7 @@ from services.cache_store.link import LinkEstimate
 from services.cache_store.shards import Rendezvous
 from services.worker.store_reader import StoreReader
 from services.worker.store_writer import StoreWriter
-from services.worker.tiers import Load, OfferedBlock
+from services.worker.tiers import Load, OfferedBlock, Outlook
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,20 @@ class RedisStoreTier:
         self._shards = [_Shard(store, config, shape, len(urls), clock) for store in stores]
 
     def start_load(
-        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes, most: int
+        self,
+        hashes: Sequence[bytes],
+        recompute_s: Sequence[float],
+        tenant: str,
+        first: bytes,
+        most: int,
+        outlook: Outlook | None = None,
     ) -> Load | None:
-        return self._shard(first).reader.start(hashes, recompute_s, tenant, most)
+        return self._shard(first).reader.start(hashes, recompute_s, tenant, most, outlook)
+
+    @property
+    def awaited(self) -> Set[bytes]:
+        each = [awaited for shard in self._shards if (awaited := shard.reader.flights.awaited)]
+        return each[0] if len(each) == 1 else frozenset[bytes]().union(*each)
 
     def offer(self, blocks: Sequence[OfferedBlock]) -> int:
         taken = 0
@@ -113,7 +124,8 @@ class RedisStoreTier:
 
     def counts(self) -> dict[str, int]:
         """Counters since the start: loads, loaded_blocks, gate_closed, errors, busy,
-        quarantined:<reason> and written:<outcome> (see frames.BadFrame and client.Outcome)."""
+        quarantined:<reason> and written:<outcome> (see frames.BadFrame and client.Outcome); claims,
+        claims_followed, follows, followed_blocks, follows_recomputed (see flight)."""
         total: Counter[str] = Counter()
         for shard in self._shards:
             total.update(shard.store.counts())
@@ -146,7 +158,8 @@ class _Shard:
         self.known = KnownBlocks()
         self.link = LinkEstimate()
         self.reader = StoreReader(store, self.known, self.link, shape, block_bytes, config.pinned, clock)
-        self.writer = StoreWriter(store, self.known, max(1, config.max_queued_bytes // of // block_bytes))
+        most_queued = max(1, config.max_queued_bytes // of // block_bytes)
+        self.writer = StoreWriter(store, self.known, most_queued, self.reader.flights.written)
 
     def bytes_per_s(self) -> float:
         """Measured bandwidth of loads; 0 while the server is unreachable."""

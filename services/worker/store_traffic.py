@@ -1,13 +1,14 @@
 """Blocks to and from the store, beside the steps: loads ahead of the prefill, copies behind the writes.
 
-Neither makes a step wait. Both run on the engine's thread; the tier's own threads do the slow part.
+Neither makes a step wait; a sequence may, for what another worker computes (flight.py). Both run on the
+engine's thread; the tier's own threads do the slow part.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
@@ -20,12 +21,17 @@ from services.worker.pages import PagePool
 from services.worker.plan import StepPlan
 from services.worker.rates import Rates
 from services.worker.sequence import FilledBlock, Sequence
-from services.worker.tiers import EncodedBlock, Load, OfferedBlock, StoreTier
+from services.worker.tiers import EncodedBlock, Flight, Load, OfferedBlock, Outlook, StoreTier
 
 log = logging.getLogger(__name__)
 
 #: Blocks on the host for sequences that compute nothing yet have so much memory together.
 _HOST_BYTES = 1 << 30
+
+#: How often a turn without a step looks at loads under way, and at blocks that another worker computes: those
+#: come a step's at a time.
+_LOAD_POLL_S = 0.0005
+_FLIGHT_POLL_S = 0.002
 
 #: A request lets so much time pass in all without computing, when a load is expected to be done in that.
 _MOST_STALLED_S = 0.005
@@ -59,8 +65,17 @@ class _Active:
         return min(self.most, self.load.found) - self.taken
 
 
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    """What the store lacked of a sequence's blocks, from block `first` on."""
+
+    flight: Flight
+    first: int
+
+
 class StoreLoads:
-    """The loads of sequences, under way or waiting for their pages: the scheduler's `BlockLoader`."""
+    """The loads and flights of sequences, under way or waiting for their pages: the scheduler's
+    `BlockLoader`. A step computes `max_step_tokens` at most."""
 
     def __init__(
         self,
@@ -68,6 +83,7 @@ class StoreLoads:
         copies: BlockCopies,
         rates: Rates,
         block_size: int,
+        max_step_tokens: int,
         host: HostTier | None = None,
     ) -> None:
         self._store = store
@@ -75,11 +91,24 @@ class StoreLoads:
         self._copies = copies
         self._rates = rates
         self._block_size = block_size
+        self._max_step_tokens = max_step_tokens
         self._host_blocks = _HOST_BYTES // copies.shape.payload_bytes(copies.codec)
         self._active: dict[Sequence, _Active] = {}
+        self._missing: dict[Sequence, _Missing] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._active)
+        return bool(self._active or self._missing)
+
+    @property
+    def look_again_s(self) -> float:
+        """How soon something may have come when there is nothing to compute."""
+        if self._active:
+            return _LOAD_POLL_S
+        return (
+            _FLIGHT_POLL_S
+            if any(missing.flight.waits(-1) for missing in self._missing.values())
+            else math.inf
+        )
 
     def held(self, sequence: Sequence, first_block: int) -> int:
         return self._host.held(sequence.hashes[first_block:]) if self._host is not None else 0
@@ -89,8 +118,13 @@ class StoreLoads:
             return 0
         return self._host.load(sequence.hashes[first_block:], sequence.pages[first_block:])
 
-    def start(self, sequence: Sequence, first_block: int) -> bool:
-        active = self._start(sequence, first_block, len(sequence.hashes))
+    def start(self, sequence: Sequence, first_block: int, ahead_tokens: int) -> bool:
+        outlook = Outlook(
+            before=sequence.hashes[:first_block],
+            ahead_s=self._rates.step_s(ahead_tokens, 0),
+            step_s=self._rates.prefill_s(self._max_step_tokens),
+        )
+        active = self._start(sequence, first_block, len(sequence.hashes), outlook)
         if active is not None:
             self._active[sequence] = active
         return active is not None
@@ -102,6 +136,8 @@ class StoreLoads:
         blocks = load.take()
         if load.found is not None:
             self._place(active, sequence, blocks, load.found, front)
+        if over or load.found is not None:
+            self._note_missing(sequence, active)
         tail = active.tail
         if not over or (tail and tail.start <= front):
             return None if load.found is not None and front >= max(tail.stop, active.end) else tail
@@ -144,23 +180,60 @@ class StoreLoads:
         tokens = (front + blocks) * self._block_size - sequence.computed
         return wanted if wanted - tokens <= self._rates.step_tokens else tokens
 
+    def follows(self, sequence: Sequence, front: int) -> int | None:
+        missing = self._missing.get(sequence)
+        if missing is None or not missing.flight.waits(front - missing.first):
+            return None
+        return max(front, missing.first)
+
+    def receive(self, sequence: Sequence, front: int) -> int:
+        missing = self._missing[sequence]
+        blocks = missing.flight.take(front - missing.first)
+        try:
+            self._copies.write(sequence.pages[front : front + len(blocks)], blocks)
+        except ValueError:
+            log.exception("blocks of the store do not fit the KV cache")
+            self._missing.pop(sequence).flight.leave(computed=False)
+            return 0
+        return len(blocks)
+
     def cancel(self, sequence: Sequence) -> None:
-        self._active.pop(sequence).load.cancel()
+        active = self._active.pop(sequence)
+        active.load.cancel()
+        self._note_missing(sequence, active)
+
+    def leave(self, sequence: Sequence) -> None:
+        if (missing := self._missing.pop(sequence, None)) is not None:
+            missing.flight.leave(len(sequence.tokens) > sequence.prompt_length)
 
     def cancel_all(self) -> None:
-        for active in self._active.values():
-            active.load.cancel()
-        self._active.clear()
+        for sequence in list(self._active):
+            self.cancel(sequence)
+        for missing in self._missing.values():
+            missing.flight.leave(computed=False)
+        self._missing.clear()
 
-    def _start(self, sequence: Sequence, first: int, end: int) -> _Active | None:
+    def _note_missing(self, sequence: Sequence, active: _Active) -> None:
+        if active.load.flight is not None and sequence not in self._missing:
+            flight = active.load.flight
+            self._missing[sequence] = _Missing(flight, active.first + flight.first)
+
+    def _start(
+        self, sequence: Sequence, first: int, end: int, outlook: Outlook | None = None
+    ) -> _Active | None:
         hashes = sequence.hashes[first:end]
-        most = min(len(hashes), self._host_blocks - sum(other.on_host for other in self._active.values()))
+        most = min(len(hashes), self._host_blocks - self._on_host())
         if most <= 0:
             return None
         recompute_s = [self._rates.prefill_s((i + 1) * self._block_size) for i in range(len(hashes))]
         tenant = sequence.request.tenant
-        load = self._store.start_load(hashes, recompute_s, tenant, sequence.hashes[0], most)
+        load = self._store.start_load(hashes, recompute_s, tenant, sequence.hashes[0], most, outlook)
         return None if load is None else _Active(load, first, end, most)
+
+    def _on_host(self) -> int:
+        """Blocks at most that all loads and flights hold or will hold."""
+        loads = sum(active.on_host for active in self._active.values())
+        return loads + sum(missing.flight.held for missing in self._missing.values())
 
     def _place(
         self, active: _Active, sequence: Sequence, blocks: list[EncodedBlock], found: int, front: int
@@ -208,6 +281,7 @@ class WriteBehind:
         self._counters = counters
         self._clock = clock
         self._queues: dict[int, dict[bytes, FilledBlock]] = {}  # by server
+        self._awaited: Set[bytes] = frozenset()
         self._departed: tuple[list[FilledBlock], Departure, float] | None = None  # since when
         self._copy_s = 0.0  # mean seconds a page
 
@@ -251,6 +325,7 @@ class WriteBehind:
         there was none (0)."""
         if not self._hand_over():
             return  # one departure at a time
+        self._hurry()
         if not step_s:
             most = _IDLE_PAGES
         elif self._copy_s:
@@ -261,11 +336,12 @@ class WriteBehind:
         for server in list(self._queues):
             queue = self._queues.pop(server)
             self._queues[server] = queue  # the others go first the next time
-            full = len(present) + min(self._store.room(server), most - len(present))
-            while queue and len(present) < full:
+            room = self._store.room(server)
+            while queue and room > 0 and (len(present) < most or next(iter(queue)) in self._awaited):
                 block = _next(queue)
                 if self._pool.lookup(block.hash) == block.page:
                     present.append(block)
+                    room -= 1
                 else:
                     self._counters.unoffered_blocks += 1
         blocks: list[FilledBlock] = []
@@ -277,6 +353,17 @@ class WriteBehind:
             started_s = self._clock()
             self._departed = blocks, self._copies.read([block.page for block in blocks]), started_s
             self._hand_over()
+
+    def _hurry(self) -> None:
+        """What another worker waits for goes first, all at once; host memory gives what it has of it."""
+        awaited = self._store.awaited
+        if awaited is self._awaited or not (awaited or self._awaited):
+            return
+        self._awaited = awaited
+        for server, queue in self._queues.items():
+            self._queues[server] = {hash: queue[hash] for hash in queue if hash in awaited} | queue
+        if self._host is not None:
+            self._host.give(awaited)
 
     def _hand_over(self) -> bool:
         """Offer what has departed to the store. False while it is on its way."""

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from services.cache_store.client import BlockStore, Outcome, WriteBlock
 from services.cache_store.functions import ROOT
@@ -34,10 +34,19 @@ _JOIN_S = 5.0
 class StoreWriter:
     """The thread that writes and the queue of at most `most_queued` blocks before it."""
 
-    def __init__(self, store: BlockStore, known: KnownBlocks, most_queued: int) -> None:
+    def __init__(
+        self,
+        store: BlockStore,
+        known: KnownBlocks,
+        most_queued: int,
+        written: Callable[[Sequence[bytes], Sequence[bytes]], None],
+    ) -> None:
+        """`written` hears after each batch which of its blocks the store does not have, and which another
+        writer is at."""
         self._most_queued = most_queued
         self._store = store
         self._known = known
+        self._written = written
         self._work = threading.Condition()
         self._offers: deque[OfferedBlock] = deque()
         self._retains: deque[tuple[Sequence[bytes], str, int, float | None]] = deque(maxlen=_MOST_RETAINS)
@@ -162,12 +171,17 @@ class StoreWriter:
             ]
         )
         self._known.discard(report.dropped)
-        stored, orphans = [], []
+        stored, elsewhere, unwritten, orphans = [], [], [], []
         for block in batch:
             outcome = report.outcomes.get(block.hash)
             if outcome in (Outcome.STORED, Outcome.HAD):
                 stored.append(block.hash)
-            elif outcome is Outcome.ORPHANED:
+            elif outcome is Outcome.FOLLOWED:
+                elsewhere.append(block.hash)
+            else:
+                unwritten.append(block.hash)
+            if outcome is Outcome.ORPHANED:
                 orphans.append(block.parent)  # not there, whatever we believed: wanted again
         self._known.add(stored)
         self._known.discard(orphans)
+        self._written(unwritten, elsewhere)

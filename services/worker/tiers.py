@@ -7,7 +7,7 @@ data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +39,38 @@ class OfferedBlock:
     tenant: str
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What the engine expects where it computes the blocks that a load is asked for."""
+
+    before: Sequence[bytes]  # hashes of the blocks before them
+    ahead_s: float  # until it would begin
+    step_s: float  # of a full step
+
+
+class Flight(Protocol):
+    """What the store lacks behind the run of a load, where one worker computes it for all (see flight.py).
+    Blocks are numbered from the first one that is missing. No method blocks."""
+
+    @property
+    def first(self) -> int:
+        """How many blocks of the load's come before it."""
+
+    @property
+    def held(self) -> int:
+        """Blocks of host memory that it may take."""
+
+    def waits(self, front: int) -> bool:
+        """Whether the sequence, whose turn it is and which has the blocks before `front`, is to wait and to
+        `take` what comes, not to compute. Negative: its turn at the run has not come yet."""
+
+    def take(self, front: int) -> Sequence[EncodedBlock]:
+        """What has come of the blocks from `front` on, in order."""
+
+    def leave(self, computed: bool) -> None:
+        """The sequence ends or gives its pages back; `computed`: its prompt is computed, and offered."""
+
+
 class Load(Protocol):
     """A run of blocks on its way from a tier, the last one first. No method blocks."""
 
@@ -50,6 +82,11 @@ class Load(Protocol):
     @property
     def over(self) -> bool:
         """Nothing comes any more than what `take` gives now."""
+
+    @property
+    def flight(self) -> Flight | None:
+        """Of what the store lacks, known by the time that `found` is or the load is over. It goes on when the
+        load is cancelled: whoever has seen it has to `leave` it."""
 
     def take(self) -> list[EncodedBlock]:
         """What has come since the last call: each is the KV of the block before the one that came before it,
@@ -71,14 +108,26 @@ class StoreTier(Protocol):
     """
 
     def start_load(
-        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes, most: int
+        self,
+        hashes: Sequence[bytes],
+        recompute_s: Sequence[float],
+        tenant: str,
+        first: bytes,
+        most: int,
+        outlook: Outlook | None = None,
     ) -> Load | None:
         """Begin to fetch a leading run of `hashes` from its back, or None when the store cannot help (down,
         gate closed). At most `most` blocks are brought; the load is over then.
 
         `recompute_s[i]` is the predicted time to compute the first i+1 of them instead, which goes on
-        meanwhile. The tier decides whether a load is worth it from its measured bandwidth and latency.
+        meanwhile. The tier decides whether a load is worth it from its measured bandwidth and latency. With
+        an `outlook`, what it lacks may become a flight.
         """
+
+    @property
+    def awaited(self) -> Set[bytes]:
+        """Blocks that this worker computes, another waits for, and the store does not have yet: to be offered
+        before others, whatever they are worth."""
 
     def offer(self, blocks: Sequence[OfferedBlock]) -> int:
         """Write behind, blocks of any prefixes. Returns how many were taken; the rest is dropped: bytes in

@@ -12,7 +12,7 @@ from services.worker.engine import Engine
 from services.worker.load import LoadedModel
 from services.worker.models.random import TINY, random_model
 from services.worker.request import Request, StepReport
-from services.worker.tiers import EncodedBlock, OfferedBlock
+from services.worker.tiers import EncodedBlock, OfferedBlock, Outlook
 
 
 @functools.cache
@@ -105,9 +105,16 @@ class MemoryStore:
         self.most = 1_000_000  # blocks a load brings at most
         self.retained: list[tuple[list[bytes], int, float | None, str]] = []
         self.worth_at_least = 0.0
+        self.awaited: frozenset[bytes] = frozenset()
 
     def start_load(
-        self, hashes: Sequence[bytes], recompute_s: Sequence[float], tenant: str, first: bytes, most: int
+        self,
+        hashes: Sequence[bytes],
+        recompute_s: Sequence[float],
+        tenant: str,
+        first: bytes,
+        most: int,
+        outlook: Outlook | None = None,
     ) -> MemoryLoad | None:
         self.recompute_s.append(recompute_s)
         found: list[EncodedBlock] = []
@@ -162,6 +169,7 @@ class MemoryLoad:
     def __init__(self, found: list[EncodedBlock], most: int, polls: int) -> None:
         self.found = len(found)
         self.over = False
+        self.flight = None
         self.polls = polls
         self.cancelled = False
         self._blocks = found[::-1][:most]

@@ -233,6 +233,23 @@ def test_blocks_wait_for_a_server_that_is_behind_and_for_no_other() -> None:
     assert stepped.engine.counters.unoffered_blocks == 0
 
 
+def test_blocks_that_another_worker_waits_for_go_first_and_all_at_once() -> None:
+    store = MemoryStore()
+    stepped = Stepped(store, max_step_tokens=512)
+    requests = [make_request(key, prompt(200, seed=seed)) for seed, key in enumerate("ab")]
+    for request in requests:
+        stepped.engine.submit(request)
+    stepped.turn()
+    assert len(store.blocks) == 1, "of the first, and 23 wait"
+    store.awaited = frozenset(requests[1].hashes)
+    stepped.turn()
+    assert list(store.blocks)[1:] == list(requests[1].hashes)
+    store.awaited = frozenset()
+    stepped.run()
+    stepped.settle()
+    assert set(store.blocks) >= {*requests[0].hashes, *requests[1].hashes}
+
+
 def test_a_block_whose_page_went_to_another_is_never_offered() -> None:
     store = MemoryStore()
     stepped = Stepped(store, pages=12, max_step_tokens=200)

@@ -327,6 +327,20 @@ def test_a_full_store_gets_what_its_request_wants_kept_with_what_is_before_it(
     assert store.blocks[hashes[1]].priority == 80
 
 
+def test_a_full_store_gets_what_another_worker_waits_for(tiers: Callable[..., HostTier]) -> None:
+    store = MemoryStore()
+    store.worth_at_least = 1e9
+    tier = tiers(8, store)
+    hashes = chain("a", 5)
+    store.awaited = frozenset(hashes[:2])
+    tier.offer(offers(tier, hashes)[:4])
+    wait_until(lambda: tier.idle)
+    assert list(store.blocks) == hashes[:2], "as they come"
+    tier.give(frozenset(hashes[1:]))
+    settle(tier)
+    assert list(store.blocks) == hashes[:4], "and when somebody begins to wait; the last is not here"
+
+
 @pytest.mark.parametrize("worth", [1e-9, 1e9])
 def test_what_leaves_goes_to_the_store_if_it_is_worth_more_than_what_goes_there(
     tiers: Callable[..., HostTier], worth: float

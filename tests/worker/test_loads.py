@@ -24,7 +24,7 @@ from services.worker.scheduler import Limits, Scheduler
 from services.worker.sequence import Phase, Sequence
 from services.worker.store_reader import StoreLoad
 from services.worker.store_traffic import StoreLoads
-from services.worker.tiers import EncodedBlock
+from services.worker.tiers import EncodedBlock, Outlook
 from tests.worker.requests import BLOCK, make_request, prompt
 
 BLOCK_S = 0.010  # to compute a block
@@ -51,7 +51,7 @@ class Store:
         self.loads: list[tuple[StoreLoad, float, Sent]] = []
 
     def start_load(
-        self, hashes: Any, recompute_s: Any, tenant: str, first: bytes, most: int
+        self, hashes: Any, recompute_s: Any, tenant: str, first: bytes, most: int, outlook: Outlook
     ) -> StoreLoad | None:
         if not self.script:
             return None
@@ -101,7 +101,7 @@ class Simulation:
         copies: Any = SimpleNamespace(
             codec=Codec.NONE, shape=SimpleNamespace(payload_bytes=lambda codec: BLOCK_BYTES), write=self.write
         )
-        self.loads = StoreLoads(self.store, copies, self.rates, BLOCK)  # type: ignore[arg-type]
+        self.loads = StoreLoads(self.store, copies, self.rates, BLOCK, budget)  # type: ignore[arg-type]
         self.pool = PagePool(pages)
         self.scheduler = Scheduler(
             Limits(BLOCK, 8, budget), self.pool, self.loads if script is not None else None

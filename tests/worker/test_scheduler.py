@@ -51,7 +51,7 @@ class Loader:
     def restore(self, sequence: Sequence, first_block: int) -> int:
         return self.held(sequence, first_block)
 
-    def start(self, sequence: Sequence, first_block: int) -> bool:
+    def start(self, sequence: Sequence, first_block: int, ahead_tokens: int) -> bool:
         if self.helps:
             assert sequence not in self.active
             self.active[sequence] = Load(first_block, len(sequence.hashes))
@@ -72,6 +72,15 @@ class Loader:
     def cancel(self, sequence: Sequence) -> None:
         del self.active[sequence]
         self.cancelled.append(sequence)
+
+    def follows(self, sequence: Sequence, front: int) -> int | None:
+        return None
+
+    def receive(self, sequence: Sequence, front: int) -> int:
+        raise AssertionError("there is nothing to follow")
+
+    def leave(self, sequence: Sequence) -> None:
+        pass
 
 
 class Bench:
