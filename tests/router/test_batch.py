@@ -80,7 +80,9 @@ async def test_a_worker_that_fails_ends_the_request_once(stream):
         task = asyncio.create_task(collect(await_or_stream(served, stream)))
         await until(lambda: served.engines[0].stats().running == 3)
         await asyncio.sleep(0.05)
-        served.engines[0].fail_running("out of order")
+        while not task.done():  # once it goes on, where it does not get on it ends
+            served.engines[0].fail_running("out of order")
+            await asyncio.sleep(0.001)
         with pytest.raises(openai.APIError, match="out of order"):
             await task
 
